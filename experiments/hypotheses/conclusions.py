@@ -11,7 +11,7 @@ from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.deploy.page.document import Raw, csv_rows, only_in_file
 from peft_vit.deploy.page.formatting import number_interval, plain, scaled
 from peft_vit.lab.analysis.findings import Finding, Sentence
-from peft_vit.lab.report import findings_tables
+from peft_vit.lab.report import study_tables
 
 Unit = Literal["share", "log2 ratio", "ranks", "rho", "index", "factor", "nats", "s", "bytes"]
 Mark = Literal["registered", "exploratory"]
@@ -76,7 +76,7 @@ def reasons(conclusion: Conclusion) -> str:
 
 def numbers(finding: Finding) -> dict[str, str]:
     """Return what is beside a finding in a table: estimate, n and test, in words."""
-    return findings_tables.numbers(finding) | {"estimate": estimate_of(finding)}
+    return study_tables.numbers(finding) | {"estimate": estimate_of(finding)}
 
 
 def estimate_of(finding: Finding) -> str:
@@ -86,10 +86,10 @@ def estimate_of(finding: Finding) -> str:
         return f"{number_interval(scaled(interval, 1e-6), 1)} MB"
     if interval is not None and unit == "nats" and abs(interval.estimate) < 0.1:
         return f"{number_interval(interval, 4)} nats"
-    return findings_tables.estimate_of(finding)
+    return study_tables.estimate_of(finding)
 
 
 def finding_rows(findings: Sequence[MarkedFinding]) -> list[dict[str, Raw]]:
     """Return findings as rows in full precision."""
     said = only_in_file(refuted_by="sentence.refuted_by", source="sentence.source")
-    return csv_rows(findings, [*only_in_file(study="study"), *findings_tables.FINDING, *said])
+    return csv_rows(findings, [*only_in_file(study="study"), *study_tables.FINDING, *said])

@@ -19,7 +19,7 @@ from peft_vit import cli
 from peft_vit.deploy.page.document import Paragraph, Raw, Table, table
 from peft_vit.deploy.page.printed import check_rows_file, print_blocks, print_with_rows
 from peft_vit.lab.analysis import read_results
-from peft_vit.lab.report.findings_tables import HOW
+from peft_vit.lab.report.study_tables import HOW
 
 _MARKED = (
     "Registered: the sentence was written down, as it is now, before every run of the study began. "

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.hypotheses.rivals import wilcoxon_against_each
 from experiments.scripts.concentration import gini, normalized_entropy
 from peft_vit.base.statistics import spearman
 from peft_vit.base.statistics.descriptive import grouped
@@ -167,7 +168,7 @@ class Evidence:
             if whole:
                 seeds = joined(incomplete)
                 failed = joined(r.spec.seed for r in self.study.failed if r.spec.experiment.name == experiment.name)
-                absent = joined(seed for name, seed in self.study.missing if name == experiment.name)
+                absent = joined(run.seed for run in self.study.unfinished if run.experiment == experiment.name)
                 note = join_notes(
                     f"seeds left out, whose records lack {joined(needs)}: {seeds}" if seeds else "",
                     f"failed: seed {failed}" if failed else "",
@@ -369,7 +370,9 @@ def query_over_each(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
         estimate = of_runs(subject, dict(zip(seeds, leads[strongest], strict=True)) if leads else {}, _WITHOUT_KINDS)
         if leads:
             against = f"estimate and interval against {strongest}, the most of {', '.join(common)}"
-            estimate = replace(estimate, rivals=tuple(leads.values()), note=join_notes(estimate.note, against))
+            shown, opposite = wilcoxon_against_each(list(leads.values()))
+            note = join_notes(estimate.note, against)
+            estimate = replace(estimate, significance=shown, opposite=opposite, note=note)
         estimates.append(estimate)
     return tuple(estimates)
 

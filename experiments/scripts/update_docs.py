@@ -27,7 +27,7 @@ COLUMNS: dict[str, Callable[[MethodResult], str]] = {
     "mean (%)": lambda method: fixed(100 * method.test_accuracy.estimate, 1),
     "trainable parameters": lambda method: count(method.final_parameters),
     "to store": lambda method: megabytes(method.stored_bytes),
-    "seconds a step": lambda method: "–" if method.seconds_per_step is None else fixed(method.seconds_per_step, 2),
+    "seconds a step": lambda method: "–" if (s := method.cost("seconds_per_step")) is None else fixed(s, 2),
 }
 
 

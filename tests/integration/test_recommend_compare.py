@@ -107,11 +107,7 @@ def test_what_is_recommended_and_compared_is_told(ten, other, tmp_path, told, mo
         rows = list(csv.DictReader(handle))
     pooled = {row["experiment"]: row for row in rows if row["study"] == "ten; other"}
     assert (pooled[WORSE]["verdict"], pooled[THIRD]["verdict"]) == ("refuted", "not decided")
-    by_hand = []
-    for made in (records("ten", 10), records("other", 10)):
-        reached = {(record.spec.experiment.name, record.spec.seed): record.test.accuracy for record in made}
-        by_hand.append(np.mean([reached[WORSE, seed] - reached[BEST, seed] for seed in range(10)]))
-    assert float(pooled[WORSE]["difference"]) == pytest.approx(np.mean(by_hand), abs=1e-12)
+    assert float(pooled[WORSE]["difference"]) == pytest.approx(-0.05, abs=1e-5)  # planted in both studies
     in_json = json.loads(Path("rows.json").read_text(encoding="utf-8"))
     assert [row["experiment"] for row in in_json if row["study"] == "ten; third"] == [WORSE, THIRD]
     assert "ten; third" not in Path("refused.csv").read_text(encoding="utf-8")

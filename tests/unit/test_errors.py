@@ -71,12 +71,9 @@ def test_the_first_fault_has_a_field_even_if_it_has_no_name(content, field) -> N
     ("request_type", "field", "named"),
     [
         (TrainRequest, "backbone.model", "--model"),
-        (TuneRequest, "backbone.model", "--model"),
         (TrainRequest, "data.path", None),
-        (TrainRequest, "training.memory_limit", "--memory-limit"),
         (TrainRequest, "experiments[0].lora.rank", "--rank"),
         (TrainRequest, "training.unheard_of", None),
-        (TrainRequest, "device", "--device"),
         (TrainRequest, "data.shots_per_class", "--shots"),
         (TuneRequest, "data.image_size", "--image-size"),
         (TuneRequest, "backbone.file", "--weights"),

@@ -24,9 +24,3 @@ def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == PROJECT["project"]["version"]
     assert f"## [{citation['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-
-
-def test_the_form_for_bugs_asks_for_the_doctor() -> None:
-    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text(encoding="utf-8"))
-    required = [field["attributes"]["label"] for field in form["body"] if field.get("validations", {}).get("required")]
-    assert "What `peft-vit doctor` prints" in required

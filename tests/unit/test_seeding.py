@@ -22,11 +22,6 @@ def torch_numbers(seed: int, purpose: Purpose, index: int = 0, n: int = 4) -> np
 
 @pytest.mark.parametrize("numbers", [numpy_numbers, torch_numbers])
 class TestStreams:
-    @pytest.mark.parametrize("purpose", PURPOSES)
-    def test_same_seed_same_numbers(self, numbers, purpose) -> None:
-        assert (numbers(3, purpose) == numbers(3, purpose)).all()
-        assert (numbers(2**31 - 1, purpose, 7) == numbers(2**31 - 1, purpose, 7)).all()
-
     def test_every_seed_purpose_and_index_has_numbers_of_its_own(self, numbers) -> None:
         keys = list(itertools.product(range(20), PURPOSES, range(20)))
         drawn = {tuple(numbers(*key)) for key in keys}

@@ -11,7 +11,7 @@ from peft_vit.deploy.page.document import Drawing, Raw
 from peft_vit.deploy.page.figure import Canvas, draw
 from peft_vit.lab.analysis import Study
 from peft_vit.lab.analysis.layers import Grid
-from peft_vit.lab.report.heatmaps import PANEL_IN, color_bar, heat, titled
+from peft_vit.lab.report.figures import PANEL_IN, color_bar, heat, titled
 
 Maps = dict[int, dict[str, float]]  # step -> site -> mean rank over seeds from then on
 

@@ -22,7 +22,7 @@ from peft_vit.base.files import write_atomically
 from peft_vit.deploy.page.document import Drawing
 from peft_vit.deploy.page.figure import GRID, METHOD_COLORS, Canvas, draw
 from peft_vit.lab.analysis import Analysis
-from peft_vit.lab.report.accuracy_figures import forests
+from peft_vit.lab.report.figures import forests
 
 _RANKED = ("adalora_best", "qa_adalora_nf4", "adalora_published")
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"

@@ -256,7 +256,7 @@ def price(analysis: Analysis) -> str:
     parts = []
     for what, unit, factor, digits, value in (
         ("one image", "ms", 1e3, 0, _latency_s),
-        ("a training step", "s", 1, 2, lambda method: method.seconds_per_step),
+        ("a training step", "s", 1, 2, lambda method: method.cost("seconds_per_step")),
     ):
         limit = value(reference)
         if limit is None:
@@ -299,7 +299,7 @@ def cost_table(analysis: Analysis) -> str:
         "learning rate": lambda method: _or_dash(method.experiment.training.learning_rate, lambda rate: f"{rate:g}"),
         "test accuracy by seed, %": _by_seed,
         "validation, %": lambda method: fixed(100 * method.validation_accuracy.estimate, 1),
-        "s a step": lambda method: _or_dash(method.seconds_per_step, lambda value: fixed(value, 2)),
+        "s a step": lambda method: _or_dash(method.cost("seconds_per_step"), lambda value: fixed(value, 2)),
         "one image, ms": lambda method: _or_dash(_latency_s(method), lambda value: fixed(1e3 * value, 1)),
     }
     return table(in_order(analysis), columns)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from keyword import iskeyword
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -31,7 +31,6 @@ Kind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]  # o
 Target = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.*?\[\]!\-]{1,256}$")]  # a kind, or a pattern of names
 MATRICES: tuple[str, ...] = ("query", "key", "value", "out", "fc1", "fc2")  # of a plain block
 # Where an adapter may sit in one: on a matrix, or on the fused query, key and value, which PEFT takes as one module.
-SiteMatrix = Literal["qkv", "query", "key", "value", "out", "fc1", "fc2"]
 SITE_MATRICES: tuple[str, ...] = ("qkv", *MATRICES)
 
 

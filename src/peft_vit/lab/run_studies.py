@@ -94,27 +94,24 @@ def run_studies(request: RunRequest) -> dict[str, str]:
 def _load(request: RunRequest) -> list[_Requested]:
     """Return all studies, and refuse what can't be asked of one of them."""
     studies: dict[str, _Requested] = {}
+    workers = 1 if EXECUTORS[request.executor].is_elastic else request.workers  # for the plan
     for file in request.configs:
         study = load_study(file)
+        there = {str(seed): seed for seed in study.seeds}
+        wanted = set(there) if request.seeds is None else {seed.strip() for seed in request.seeds.split(",")}
         with named(file):
             if study.name in studies:
                 raise UserError(f"'{study.name}' names two of the given studies; rename one", field="name")
-            studies[study.name] = _requested(request, study, file)
+            if missing := wanted - there.keys():
+                raise UserError(f"--seeds asks for {min(missing)!r}, the study has {study.seeds}", field="seeds")
+            if request.method not in (None, *(experiment.method for experiment in study.experiments)):
+                raise UserError(f"no experiment is of method {request.method}", field="experiments")
+        if workers is not None:
+            execution = study.execution.model_copy(update={"workers": workers})
+            study = study.model_copy(update={"execution": execution})
+        seeds = [seed for text, seed in there.items() if text in wanted]
+        studies[study.name] = _Requested(study, file, seeds)
     return list(studies.values())
-
-
-def _requested(request: RunRequest, study: StudyConfig, file: Path) -> _Requested:
-    there = {str(seed): seed for seed in study.seeds}
-    wanted = set(there) if request.seeds is None else {seed.strip() for seed in request.seeds.split(",")}
-    if missing := wanted - there.keys():
-        raise UserError(f"--seeds asks for {min(missing)!r}, the study has {study.seeds}", field="seeds")
-    if request.method not in (None, *(experiment.method for experiment in study.experiments)):
-        raise UserError(f"no experiment is of method {request.method}", field="experiments")
-    workers = 1 if EXECUTORS[request.executor].is_elastic else request.workers  # for the plan
-    if workers is not None:
-        execution = study.execution.model_copy(update={"workers": workers})
-        study = study.model_copy(update={"execution": execution})
-    return _Requested(study, file, [seed for text, seed in there.items() if text in wanted])
 
 
 def _plan(request: RunRequest, studies: list[_Requested], *, profile: bool = False) -> list[Plan]:

@@ -23,14 +23,6 @@ def test_six_seeds_decide_a_clear_difference(shift, expected) -> None:
     assert comparison.verdict == expected
 
 
-@pytest.mark.parametrize(("seeds", "verdict"), [(8, "not decided"), (9, "supported")])
-def test_a_larger_family_needs_more_seeds(seeds, verdict) -> None:
-    study = planted.study_of(planted.quickstart(seeds=tuple(range(seeds)), spread=0.004))
-    by_name = {comparison.name: comparison for comparison in compare_all(study, "linear_probe")}
-    assert by_name["lora_r8"].verdict == verdict
-    assert by_name["lora_r8"].significance.minimum_n == 9, "eleven comparisons: 11 * 2 / 2^9 <= 0.05"
-
-
 def test_only_common_seeds_are_paired_and_ties_are_ties_despite_floating_point() -> None:
     (comparison,) = compare_all(two_methods([0.6, 0.7, 0.8], [0.6 + 0.1, 0.7 + 0.1]), "linear_probe")
     assert list(comparison.by_seed) == [0, 1]

@@ -11,7 +11,7 @@ from peft_vit.core.records import Evaluation
 from peft_vit.lab.analysis import Run
 from peft_vit.lab.analysis.comparison import method_results
 from peft_vit.lab.analysis.convergence import late_loss_deviation, roughness, settled_step
-from peft_vit.lab.report.method_tables import convergence_table
+from peft_vit.lab.report.study_tables import convergence_table
 
 LORA = planted.experiments()["lora_r8"]
 

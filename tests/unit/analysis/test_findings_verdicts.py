@@ -48,14 +48,6 @@ def test_values_at_the_margin_but_for_rounding_decide_nothing(with_updates) -> N
     assert about.outcome == "not decidable: the differences have no spread"
 
 
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_too_few_seeds_decide_nothing_and_say_how_many_would(n) -> None:
-    finding = found(np.full(n, 0.3) + 0.01 * np.arange(n))
-    assert finding.verdict == "not decided"
-    assert finding.outcome == f"not decidable with n = {n}, needs at least 6"
-    assert (finding.interval.low is None) == (n == 1)
-
-
 @pytest.mark.parametrize(
     ("families", "outcome"), [("fff", "not decidable with n = 6, needs at least 7"), ("fgh", ""), (("", "", ""), "")]
 )
@@ -95,12 +87,6 @@ def test_holm_over_a_family_by_hand() -> None:
 def test_within_a_margin(test, change, settings, expected) -> None:
     values = change(np.array([0.001, -0.002, 0.003, 0.0, 0.002, -0.001]))
     assert found(values, test, margin=0.01, **settings).verdict == expected
-
-
-def test_values_without_spread_and_one_seed_show_no_equivalence() -> None:
-    assert found([0.0, 0.0, 0.0], "equivalence", margin=0.01).outcome == "not decidable: the differences have no spread"
-    single = found([0.0], "noninferiority", margin=0.01)
-    assert (single.verdict, single.outcome) == ("not decided", "not decidable with n = 1, needs at least 2")
 
 
 def test_what_is_counted_says_nothing_of_other_runs() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from peft_vit.core.records import ImportanceEntry, RunRecord, SiteInfo
 from peft_vit.lab.analysis.layers import ImportancePattern, importance_patterns
-from peft_vit.lab.report.heatmaps import importance_maps
+from peft_vit.lab.report.figures import importance_maps
 
 EXPERIMENTS = planted.experiments()
 ADALORA = EXPERIMENTS["adalora_proportional_magnitude"]

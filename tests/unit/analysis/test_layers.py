@@ -51,17 +51,12 @@ def test_sizes_within_one_percent_are_equal(final, paired) -> None:
 
 def test_offsets_that_merging_adds_count_and_older_records_have_no_model_size() -> None:
     now = planted.record(NF4, 0, 0.8).quantization
-    assert now is not None
-    assert now.size is not None
-    merging = now.size.model_copy(update={"merging_bytes": 1_000_000})
-    sizes = (now.size, merging, None)
+    sizes = (now.size, now.size.model_copy(update={"merging_bytes": 1_000_000}), None)
     impacts = [
         impact_of(planted.record(NF4, 0, 0.8, changes={"quantization": now.model_copy(update={"size": size})}))
         for size in sizes
     ]
     plain, more, older = (impact.model for impact in impacts)
-    assert plain is not None
-    assert more is not None
     assert more.total - plain.total == 1_000_000
     assert (older, layers_bits(impacts[2].runs)) == (None, 5.0)
 
@@ -98,7 +93,6 @@ def test_a_rougher_quantized_run_is_told_against_its_float_twin_and_one_that_is_
 
 def test_balance_at_every_step_with_how_many_seeds_measured_it() -> None:
     whole = planted.record(NF4, 0, 0.79).quantization
-    assert whole is not None
     rows = ([{"step": 4.0, "a": 1.0}, {"step": 8.0, "a": 2.0, "b": 5.0}], [{"step": 8.0, "a": 4.0}])
     records = [
         planted.record(NF4, seed, 0.8, changes={"quantization": whole.model_copy(update={"balance": balance})})

@@ -7,7 +7,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, precision
 
 from peft_vit.base.statistics import proportion_interval
 from peft_vit.core.records import Predictions, RunRecord
-from peft_vit.deploy.page.quality import IN_A_BIN, MOST_BINS, ModelQuality, model_quality
+from peft_vit.deploy.page.quality import IN_A_BIN, MOST_BINS, model_quality
 
 NAMES = ["ant", "bee", "cat", "dog"]
 
@@ -28,16 +28,9 @@ def record_of(n: int, *, files: bool = False, classes: int = 3) -> RunRecord:
     return record.model_copy(update={"predictions": predictions, "class_names": NAMES})
 
 
-def quality_of(record: RunRecord) -> ModelQuality:
-    quality = model_quality(record)
-    assert quality is not None
-    return quality
-
-
 def test_measures_are_those_of_scikit_learn() -> None:
     record = record_of(200)
-    quality, of = quality_of(record), record.predictions
-    assert of is not None
+    quality, of = model_quality(record), record.predictions
     assert quality.confusion.tolist() == confusion_matrix(of.labels, of.predicted, labels=range(4)).tolist()
     right = sum(a == b for a, b in zip(of.labels, of.predicted, strict=True))
     assert quality.accuracy == proportion_interval(right, 200)
@@ -56,18 +49,18 @@ def test_measures_are_those_of_scikit_learn() -> None:
 
 
 def test_mistakes_come_surest_first_and_confusions_most_frequent_first() -> None:
-    quality = quality_of(record_of(200, files=True))
+    quality = model_quality(record_of(200, files=True))
     mistakes = quality.mistakes
     assert [image.probability for image in mistakes] == sorted((m.probability for m in mistakes), reverse=True)
     assert all(image.truth != image.predicted and image.file.startswith(image.truth) for image in mistakes)
     assert sum(pair.images for pair in quality.confusions) == len(mistakes)
     images = [pair.images for pair in quality.confusions]
     assert images == sorted(images, reverse=True)
-    assert quality_of(record_of(5)).images[0].file == "image 7"
+    assert model_quality(record_of(5)).images[0].file == "image 7"
 
 
 def test_some_images_are_drawn_without_looking_and_always_the_same() -> None:
-    quality = quality_of(record_of(200))
+    quality = model_quality(record_of(200))
     for right in (True, False):
         shown = quality.sample_images(right, 6)
         assert len(shown) == 6
@@ -79,7 +72,7 @@ def test_some_images_are_drawn_without_looking_and_always_the_same() -> None:
 
 @pytest.mark.parametrize(("n", "bins"), [(59, 0), (60, 3), (190, 9), (1000, MOST_BINS)])
 def test_bins_hold_enough_images_or_there_are_none(n: int, bins: int) -> None:
-    found = quality_of(record_of(n)).reliability()
+    found = model_quality(record_of(n)).reliability()
     assert len(found) == bins
     assert all(b.count >= IN_A_BIN for b in found)
 

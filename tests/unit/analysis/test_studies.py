@@ -12,7 +12,7 @@ def test_all_runs_of_the_quickstart_are_found_in_order(tmp_path) -> None:
     names = ["linear_probe", "full_finetuning", "lora_r1", "lora_r2", "lora_r4", "lora_r8"]
     assert [experiment.name for experiment in study.experiments][:6] == names
     assert (len(study.runs), study.seeds) == (24, (0, 1))
-    assert (study.failed, study.missing, study.notices) == ((), (), ())
+    assert (study.failed, study.unfinished, study.notices) == ((), (), ())
 
 
 def test_failed_hollow_and_missing_runs_are_named() -> None:
@@ -21,7 +21,7 @@ def test_failed_hollow_and_missing_runs_are_named() -> None:
     records += [planted.failed(EXPERIMENTS["lora_r4"], 0, "the loss is not finite at step 31")]
     records += [planted.record(EXPERIMENTS["lora_r2"], 0, 0.8, changes={"test": None})]
     study = planted.study_of(records)
-    assert study.missing == (("lora_r2", 1), ("lora_r4", 1), ("lora_r8", 1))
+    assert [run.key for run in study.unfinished] == [("lora_r2", 1), ("lora_r4", 1), ("lora_r8", 1)]
     text = "\n".join(study.notices)
     for words in (
         "Failed: lora_r4, seed 0: the loss is not",

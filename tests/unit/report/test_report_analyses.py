@@ -12,9 +12,9 @@ from peft_vit.core.records import RunRecord
 from peft_vit.deploy.page.document import SECTION_TITLES, Block, Paragraph, Table
 from peft_vit.lab.analysis import Analysis, analyze
 from peft_vit.lab.report import summary
-from peft_vit.lab.report.accuracy_figures import accuracy_by_method
 from peft_vit.lab.report.build import study_documents
-from peft_vit.lab.report.quantization_tables import quantization_tables
+from peft_vit.lab.report.figures import accuracy_by_method
+from peft_vit.lab.report.study_tables import quantization_tables
 
 EXPERIMENTS = planted.experiments()
 NF4, INT8 = (EXPERIMENTS[name] for name in ("qa_lora_4bit_nf4_constant", "qa_lora_8bit_int8_linear"))

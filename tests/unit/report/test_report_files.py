@@ -147,14 +147,6 @@ def test_one_run_says_why_most_is_missing_and_needs_no_page(linear_only: Path, t
     assert report == analysis
 
 
-def test_warnings_are_counted_above_the_answer_and_told_below_it(tmp_path: Path) -> None:
-    warned = planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, changes={"warnings": ["top_k takes every module"]})
-    text, page = texts(planted.write(tmp_path / "results", [warned]), tmp_path / "report")
-    assert text.index("Warning: top") < text.index("70.0")
-    counted, answer = '<a href="#quickstart-warnings">1 warning</a>', ">Results</h2>"
-    assert page.index(counted) < page.index(answer) < page.index("Warning: top") < page.index("Method comparison</h2>")
-
-
 def test_smoke_and_real_studies_stand_apart_with_the_notice_above_the_numbers(tmp_path: Path) -> None:
     planted.write(tmp_path / "results" / "real", LINEAR_ONLY)
     smoke = planted.record(EXPERIMENTS["linear_probe"], 0, 0.5, smoke=True)

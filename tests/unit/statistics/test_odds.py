@@ -169,14 +169,6 @@ def test_a_share_stays_within_its_bounds_and_an_unstable_recipe_is_known_less_we
     assert wide.high - wide.low > 0.1
 
 
-def test_a_model_that_loses_much_is_neither_shown_nor_taken_in_simulated_tunings() -> None:
-    judged = [tuning_odds.judge(tuning_odds.simulate(np.random.default_rng(seed), 0.06)) for seed in range(12)]
-    row = tuning_odds.row("loses 6 points", judged)
-    assert row["losing_shown"] <= 0.1
-    assert row["chosen_and_wrong"] <= 2 / 12
-    assert row["loss"] < 0.01
-
-
 def test_of_trainings_that_share_their_images_no_more_claims_are_wrong_than_is_said() -> None:
     judged = [tuning_odds.judge(tuning_odds.trained(np.random.default_rng([1, number]))) for number in range(250)]
     sure = [claim for tuning in judged for claim in tuning.others if claim.sure >= 0.95]

@@ -42,5 +42,4 @@ from peft_vit.base.statistics.significance import (
     stratified_mean,
     verdict,
     wilcoxon,
-    wilcoxon_against_each,
 )

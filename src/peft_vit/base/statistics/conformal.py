@@ -9,7 +9,6 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy
 from numpy.typing import ArrayLike, NDArray
 
 _NARROWED = 12  # times by five: to 1e-8 of a temperature
@@ -36,14 +35,12 @@ class TemperaturePrior(NamedTuple):
 def fit_temperature(
     logits: ArrayLike, labels: ArrayLike, prior: TemperaturePrior | None = None, images: ArrayLike | None = None
 ) -> float:
-    """Return the temperature with the least mean negative log-likelihood, within TEMPERATURES.
+    """Return the most probable temperature within TEMPERATURES.
 
-    With a prior it is the most probable one: the least sum of the images' negative log-likelihood and
-    ``(ln T - ln median)^2 / (2 spread^2)``, which also a few images that are all right do not drive to an end.
-
-    The likelihood is concave in b = 1 / temperature, so the root of its slope is the only one: the mean of
-    ``sum_k p_k(b) z_k - z_y`` over images. Which class is most probable does not change. Source: Guo et al. 2017,
-    arXiv 1706.04599, section 4.2.
+    It has the least sum of the images' negative log-likelihood and ``(ln T - ln median)^2 / (2 spread^2)`` of the
+    prior, which also a few images that are all right do not drive to an end. Without a prior likelihood decides alone
+    (Guo et al. 2017, arXiv 1706.04599, section 4.2). Both have one minimum, the likelihood being concave in 1 / T.
+    Which class is most probable does not change.
 
     Args:
         logits: (N, classes), held out.
@@ -52,33 +49,23 @@ def fit_temperature(
         images: (N,) which image each row is of, so that one with several counts once; None: each of another.
     """
     z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels)
-    weight, different = row_weights(len(y), images)  # (N,)
+    z = z - z.max(1, keepdims=True)
     own = z[np.arange(len(y)), y]  # (N,)
-    if prior is not None:
-        weight = weight * min(1.0, prior.most_images / max(1, different))
+    weight, different = row_weights(len(y), images)  # (N,)
+    known = TemperaturePrior(1.0, math.inf) if prior is None else prior
+    weight = weight * min(1.0, known.most_images / max(1, different))
 
-        def loss(log_t: float) -> float:
-            below = (z - z.max(1, keepdims=True)) / math.exp(log_t)  # (N, classes)
-            nll = np.log(np.exp(below).sum(1)) - (own - z.max(1)) / math.exp(log_t)  # (N,)
-            return float(weight @ nll + (log_t - math.log(prior.median)) ** 2 / (2 * prior.spread**2))
+    def loss(log_t: float) -> float:
+        t = math.exp(log_t)
+        nll = np.log(np.exp(z / t).sum(1)) - own / t  # (N,)
+        return float(weight @ nll + (log_t - math.log(known.median)) ** 2 / (2 * known.spread**2))
 
-        low, high = map(math.log, TEMPERATURES)
-        for _ in range(_NARROWED):  # ten points a time, without scipy's search, which would load 50 MB
-            points = np.linspace(low, high, 11)
-            best = int(np.argmin([loss(float(point)) for point in points]))
-            low, high = float(points[max(0, best - 1)]), float(points[min(10, best + 1)])
-        return math.exp((low + high) / 2)
-
-    def slope(inverse: float) -> float:
-        expected = (probabilities(z, 1 / inverse) * z).sum(1)  # (N,)
-        return float(weight @ (expected - own))
-
-    coldest, hottest = TEMPERATURES
-    if slope(1 / hottest) >= 0:
-        return hottest
-    if slope(1 / coldest) <= 0:
-        return coldest
-    return 1 / float(scipy.optimize.brentq(slope, 1 / hottest, 1 / coldest))
+    low, high = map(math.log, TEMPERATURES)
+    for _ in range(_NARROWED):  # ten points a time, without scipy's search, which would load 50 MB
+        points = np.linspace(low, high, 11)
+        best = int(np.argmin([loss(float(point)) for point in points]))
+        low, high = float(points[max(0, best - 1)]), float(points[min(10, best + 1)])
+    return math.exp((low + high) / 2)
 
 
 def conformal_quantile(scores: ArrayLike, coverage: float, images: ArrayLike | None = None) -> float:

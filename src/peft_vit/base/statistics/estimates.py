@@ -27,7 +27,6 @@ from peft_vit.base.statistics import (
     shifted,
     verdict,
     wilcoxon,
-    wilcoxon_against_each,
 )
 
 ALPHA = 0.05
@@ -57,8 +56,6 @@ class Question:
         if self.kind == "equivalence":
             off = shifted(values, self.expected)
             return equivalence(off, self.margin), beyond_margin(off, self.margin)
-        if estimate.rivals:
-            return wilcoxon_against_each([shifted(rival, self.margin) for rival in estimate.rivals])
         both = wilcoxon(shifted(values, self.margin))
         return both, both
 
@@ -73,9 +70,8 @@ class Estimate:
     by_seed: Mapping[Any, float] = field(default_factory=dict)  # or by what else `n_of` names
     n_of: str = "seeds"  # what is counted, in the plural
     interval: Interval | None = None  # of the mean; None without values
-    # of a claim about the most of several: the values against each rival; `by_seed` are those of the smallest mean
-    rivals: tuple[tuple[float, ...], ...] = ()
     significance: Significance | None = None  # of the test that speaks; None: nothing was tested
+    opposite: Significance | None = None  # that can show the opposite of the claim; None: the same
     adjusted_p: float | None = None  # its p-value after correction for the family; None if there is none
     opposite_p: float | None = None  # likewise of the test that can show the opposite of the claim
     family: int = 1  # tests that were corrected together
@@ -121,7 +117,7 @@ def decide(family: Sequence[Estimates], untested: str = "", size: int = 0) -> tu
     the family smaller; estimates without values are not tests.
 
     Args:
-        family: one that has a test already keeps it.
+        family: one that has tests already keeps them.
         untested: why no test may decide, since the number of values followed from results; empty: tests do.
         size: number of tests in the family, if it is larger than those that have values; the others count as 1.
     """
@@ -134,8 +130,10 @@ def decide(family: Sequence[Estimates], untested: str = "", size: int = 0) -> tu
             decided[place] = replace(family[place], significance=None, note=note)
         return tuple(decided)
     tests = [
-        (estimate.significance, estimate.significance) if estimate.significance else estimate.question.tests(estimate)
-        for estimate in (family[place] for place in places)
+        (test, family[place].opposite or test)
+        if (test := family[place].significance)
+        else family[place].question.tests(family[place])
+        for place in places
     ]
     corrected = []
     for side in zip(*tests, strict=True):  # what shows claims, and what shows their opposites
@@ -153,11 +151,10 @@ def _decided(
     (test, opposite), (p_value, opposite_p) = tests, p_values
     if estimate.question.kind == "superiority":
         lead = estimate.interval.estimate - estimate.question.margin
-        rivals = 1
         if lead <= 0:
-            test, p_value, rivals = opposite, opposite_p, max(len(estimate.rivals), 1)
-        if estimate.significance is None:
-            test = replace(test, minimum_n=minimum_n_wilcoxon(ALPHA, family * rivals))
+            test, p_value = opposite, opposite_p
+        if estimate.significance is None or estimate.opposite is not None:  # of ranks; a t test needs two in any family
+            test = replace(test, minimum_n=minimum_n_wilcoxon(ALPHA, family * test.comparisons))
         said = verdict(lead, test, p_value, ALPHA)
     else:
         said = equivalence_verdict(test, opposite, p_value, opposite_p, ALPHA)

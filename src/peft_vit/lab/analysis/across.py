@@ -18,8 +18,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import stratified_mean
 from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import Estimate, decide
-from peft_vit.lab.analysis.comparison import compare_all, references
-from peft_vit.lab.analysis.frame import Row, frame
+from peft_vit.lab.analysis.comparison import MethodResult, compare_all, method_results, references, same_problem
 from peft_vit.lab.analysis.studies import Run, Study, load_studies
 
 PoolKind = Literal["configurations", "precision", "versions", "splits", "weights"]
@@ -50,7 +49,7 @@ class Across:
     reference: str | None  # what the others are compared with; None if no experiment is every study's
     # every experiment that occurs in two studies and more, by experiment, then study; compared with the reference,
     # corrected over the study's table
-    rows: tuple[Row, ...]
+    rows: tuple[MethodResult, ...]
     pooled: tuple[Pooled, ...]
     alone: dict[str, str]  # experiment -> the one study with finished runs of it
     allowed: Collection[PoolKind]  # what is pooled although it differs
@@ -64,10 +63,13 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
             and smoke studies are mixed; names them.
     """
     located = [(directory, study) for directory in directories for study in load_studies(directory)]
-    places: dict[str, str] = {}  # a run's content -> where it is
+    places: dict[object, str] = {}  # what tells a run, wherever its images are -> where it is
     for directory, study in located:
         for run in study.runs:
-            content, place = _content(run), f"{run.record.spec.run_id!r} in {directory}"
+            spec, place = run.record.spec, f"{run.record.spec.run_id!r} in {directory}"
+            data = spec.data.model_copy(update={"path": None})
+            anywhere = {"study": "any", "device": "auto", "threads": 1, "data": data}
+            content = spec.model_copy(update=anywhere).model_dump_json(), same_problem(run)
             if content in places:
                 problem = f"holds the run {place}, which is {places[content]} too, and would count twice as evidence"
                 raise UserError(f"{problem}; give one of them", file=directory)
@@ -83,14 +85,6 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
         study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})": study
         for directory, study in located
     }
-
-
-def _content(run: Run) -> str:
-    """Return what tells a run: seed, configuration and images, wherever these are."""
-    spec, origin = run.record.spec, run.provenance
-    anywhere = {"study": "any", "device": "auto", "threads": 1, "data": spec.data.model_copy(update={"path": None})}
-    described = spec.model_copy(update=anywhere).model_dump_json()
-    return f"{described} {origin.data_sha256} {origin.split_sha256} {origin.weights_sha256}"
 
 
 def compare_studies(studies: Studies, *, reference: str | None = None, pool: Collection[PoolKind] = ()) -> Across:
@@ -110,7 +104,8 @@ def compare_studies(studies: Studies, *, reference: str | None = None, pool: Col
     if len(metrics) > 1:
         problem = f"are compared by different metrics ({', '.join(sorted(metrics))}); give studies of one"
         raise UserError(problem, file=", ".join(studies))
-    by_name = grouped((row.name, row) for row in frame(studies))
+    every = (replace(row, study=label) for label, study in studies.items() for row in method_results(study))
+    by_name = grouped((row.name, row) for row in every)
     shared = {name: rows for name, rows in by_name.items() if len(rows) > 1}
     if not shared:
         problem = "no experiment has finished runs in two of them under the same name, so there is nothing to compare"
@@ -135,7 +130,7 @@ def compare_studies(studies: Studies, *, reference: str | None = None, pool: Col
     return Across(studies, reference, tuple(rows.values()), pooled, alone, pool)
 
 
-def _pooled(studies: Studies, rows: Sequence[Row], pool: Collection[PoolKind]) -> Pooled:
+def _pooled(studies: Studies, rows: Sequence[MethodResult], pool: Collection[PoolKind]) -> Pooled:
     """Pool what one experiment differs by in several studies, if nothing else differs between their pairs."""
     estimates = {row.study: row.estimate for row in rows if row.estimate is not None}
     name, reference = rows[0].name, estimates[rows[0].study].reference

@@ -7,12 +7,13 @@ decide. "Not decided" means that these runs can't tell, never that there is no d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Literal
 
 from peft_vit.base.statistics import Interval, mean_interval
-from peft_vit.base.statistics.estimates import Estimate, Question, compare_values, decide, join_notes, recorded_mean
+from peft_vit.base.statistics.estimates import Estimate, Question, compare_values, decide, join_notes
 from peft_vit.core.config import ExperimentConfig, LoraConfig
 from peft_vit.lab.analysis.studies import Run, Study
 
@@ -111,11 +112,14 @@ def compare_with_references(study: Study) -> tuple[Estimate, ...]:
 
 # --- every experiment by itself ---------------------------------------------------------------------------------------
 
+Cost = Literal["stored_bytes", "parameters", "seconds_per_step", "latency_s"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodResult:
-    """One experiment over its runs, means where nothing else is said; accuracies, or what else decides, are shares."""
+    """One experiment of a study over its runs; accuracies, or what else decides, are shares."""
 
+    study: str  # its label
     experiment: ExperimentConfig
     runs: tuple[Run, ...]
     by_seed: dict[int, float]  # test accuracy
@@ -123,18 +127,29 @@ class MethodResult:
     validation_accuracy: Interval | None  # None where runs had no validation images
     above_majority: Interval
     runs_above_majority: int
-    final_parameters: float
-    stored_bytes: float
-    seconds_per_step: float | None
+    final_parameters: float  # mean over runs
+    stored_bytes: float  # likewise
+    costs: tuple[Mapping[Cost, float | None], ...]  # by run; None: not recorded
+    estimate: Estimate | None = None  # against another experiment of the study; None: not compared
 
     @property
     def name(self) -> str:
         """Return the experiment's name."""
         return self.experiment.name
 
+    def cost(self, cost: Cost, over: Callable[[Sequence[float]], float] = fmean) -> float | None:
+        """Return the mean of a cost over runs, or what else is to be made of it; None if a run lacks it."""
+        recorded = [value for costs in self.costs if (value := costs[cost]) is not None]
+        return over(recorded) if len(recorded) == len(self.costs) else None
+
 
 def method_results(study: Study) -> tuple[MethodResult, ...]:
-    """Return one row for each experiment with a finished run."""
+    """Return one row for each experiment with a finished run.
+
+    Latency is that of the smallest batch size that all runs of the study have that have any.
+    """
+    batches = [set(run.record.latency_s) for run in study.runs if run.record.latency_s]
+    batch = min(set.intersection(*batches), default=0) if batches else 0
     results = []
     for experiment in study.experiments:
         runs = study.runs_of(experiment.name)
@@ -142,8 +157,18 @@ def method_results(study: Study) -> tuple[MethodResult, ...]:
             continue
         margins = [run.score - run.record.majority_accuracy.get("test", 0.0) for run in runs]
         validated = [run.scores.of(run.validation) for run in runs if run.validation is not None]
+        costs: list[dict[Cost, float | None]] = [
+            {
+                "stored_bytes": run.bytes.stored_bytes,
+                "parameters": run.parameters.final,
+                "seconds_per_step": run.record.seconds_per_step or None,  # 0 is that of a clock that was set back
+                "latency_s": run.record.latency_s.get(batch),
+            }
+            for run in runs
+        ]
         results.append(
             MethodResult(
+                study=study.label,
                 experiment=experiment,
                 runs=runs,
                 by_seed={run.seed: run.score for run in runs},
@@ -153,12 +178,12 @@ def method_results(study: Study) -> tuple[MethodResult, ...]:
                 runs_above_majority=sum(margin > 0 for margin in margins),
                 final_parameters=fmean(run.parameters.final for run in runs),
                 stored_bytes=fmean(run.bytes.stored_bytes for run in runs),
-                seconds_per_step=recorded_mean(run.record.seconds_per_step for run in runs),
+                costs=tuple(costs),
             )
         )
     return tuple(results)
 
 
-def validation_means(methods: Sequence[MethodResult]) -> dict[str, float]:
+def validation_means(methods: Iterable[MethodResult]) -> dict[str, float]:
     """Return experiment -> mean validation accuracy, of those that have validation images."""
-    return {m.experiment.name: m.validation_accuracy.estimate for m in methods if m.validation_accuracy is not None}
+    return {m.name: m.validation_accuracy.estimate for m in methods if m.validation_accuracy is not None}

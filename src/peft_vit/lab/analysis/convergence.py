@@ -35,7 +35,7 @@ def late_loss_deviation(run: Run) -> float | None:
     """
     steps, losses = _losses(run)
     late = math.ceil(len(losses) * LATE_SHARE)
-    if late < _FEWEST or not _measurable(losses):
+    if late < _FEWEST:
         return None
     t, y = steps[-late:], losses[-late:]
     t, y = t - np.mean(t), y - np.mean(y)
@@ -57,15 +57,10 @@ def roughness(run: Run) -> float | None:
         None where nothing can be measured: fewer than 3 steps, or a loss that is not finite or of an absurd size.
     """
     _, losses = _losses(run)
-    if len(losses) < _FEWEST or not _measurable(losses):
+    if len(losses) < _FEWEST:
         return None
     off = (losses[:-2] + losses[2:]) / 2 - losses[1:-1]
     return math.sqrt(2 / 3 * math.fsum(off**2) / (len(losses) - 2))
-
-
-def _measurable(losses: np.ndarray) -> bool:
-    """Tell whether all losses are finite, and their squares and sums too."""
-    return bool((np.abs(losses) < 1e150).all())
 
 
 def settled_step(run: Run) -> int | None:
@@ -88,5 +83,8 @@ def settled_step(run: Run) -> int | None:
 
 
 def _losses(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps and their losses; none if one of these is not finite, or its square or a sum of these may not be."""
     rows = sorted(run.record.steps, key=lambda row: row.step)
+    if not all(abs(row.loss) < 1e150 for row in rows):
+        rows = []
     return np.array([row.step for row in rows], dtype=np.float64), np.array([row.loss for row in rows])

@@ -40,11 +40,17 @@ from numpy.typing import ArrayLike
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Verdict, mean_interval
 from peft_vit.base.statistics.descriptive import grouped
-from peft_vit.base.statistics.estimates import ALPHA, Estimate, Question
+from peft_vit.base.statistics.estimates import ALPHA, Question
 from peft_vit.base.statistics.intervals import mean_and_error
 from peft_vit.core.records import BenchRow
-from peft_vit.lab.analysis.comparison import SAME_SIZE, compare_all, validation_means
-from peft_vit.lab.analysis.frame import Cost, Row, frame
+from peft_vit.lab.analysis.comparison import (
+    SAME_SIZE,
+    Cost,
+    MethodResult,
+    compare_all,
+    method_results,
+    validation_means,
+)
 from peft_vit.lab.analysis.studies import Study
 
 MEASURES: dict[str, Cost] = {  # as options name them
@@ -65,12 +71,12 @@ class Recommendation:
     study: Study
     # what may be recommended, smallest first; compared are the candidates: does test accuracy, minus that of the best,
     # lose less than the margin? The intervals hold for all of them at once
-    rows: tuple[Row, ...]
-    best: Row  # by validation
+    rows: tuple[MethodResult, ...]
+    best: MethodResult  # by validation
     best_validation: float  # mean over its seeds, a share
     within_limits: tuple[str, ...]  # experiments, smallest first
     # the candidate that was shown not to lose the margin; without any candidate the best itself, if it keeps the limits
-    chosen: Row | None
+    chosen: MethodResult | None
     left_out: dict[str, str]  # experiment -> why nothing can be said of it
     limits: Mapping[Cost, float]  # what a configuration may cost
     measure: Cost  # what "smallest" means
@@ -100,8 +106,8 @@ def recommend(
     """
     if not study.runs:
         raise UserError("has no finished run, so there is nothing to recommend", file=study.label)
-    rows = {row.name: row for row in frame({study.label: study})}
-    validation = validation_means([row.method for row in rows.values()])
+    rows = {row.name: row for row in method_results(study)}
+    validation = validation_means(rows.values())
     if len(validation) < len(rows):
         problem = "has runs without validation images, which choose what the others are compared with"
         raise UserError(f"{problem}; run it with data.validation_images", file=study.label)
@@ -115,7 +121,7 @@ def recommend(
             left_out[name] = "has no finished run"
         elif len({run.configuration() for run in study.runs_of(name)}) > 1:
             left_out[name] = "was configured differently from seed to seed"
-        elif (size := rows[name].mean(measure)) is None:
+        elif (size := rows[name].cost(measure)) is None:
             left_out[name] = "has a run without latency"
         else:
             sizes[name] = size
@@ -126,7 +132,7 @@ def recommend(
     def exceeds(name: str, other: str) -> bool:
         return sizes[name] > (1 + SAME_SIZE) * sizes[other]
 
-    names = sorted(sizes, key=lambda name: (sizes[name], rows[name].mean("parameters"), name))
+    names = sorted(sizes, key=lambda name: (sizes[name], rows[name].cost("parameters"), name))
     best = max(names, key=lambda name: validation[name])  # of equal ones the smallest, which comes first
     within = tuple(name for name in names if all(_keeps(rows[name], cost, limit) for cost, limit in limits.items()))
     candidates = [name for name in within if best not in within or exceeds(best, name)]
@@ -136,8 +142,11 @@ def recommend(
         shown = [best]
     smallest = [name for name in shown if not exceeds(name, shown[0])]
     chosen = max(smallest, key=lambda name: validation[name], default=None)
-    estimates = {estimate.name: _simultaneous(estimate, len(family)) for estimate in family}
-    ordered = {name: replace(rows[name], estimate=estimates.get(name)) for name in names}
+    ordered = {name: rows[name] for name in names}
+    for estimate in family:  # intervals hold for all candidates (Bonferroni), one-sided as the test
+        values = list(estimate.by_seed.values())
+        interval = mean_interval(values, 1 - 2 * ALPHA / len(family)) if values else None
+        ordered[estimate.name] = replace(rows[estimate.name], estimate=replace(estimate, interval=interval))
     return Recommendation(
         study=study,
         rows=tuple(ordered.values()),
@@ -152,8 +161,8 @@ def recommend(
     )
 
 
-def _keeps(row: Row, cost: Cost, limit: float) -> bool:
-    value = row.mean(cost, fmean if cost in _TIMES else max)
+def _keeps(row: MethodResult, cost: Cost, limit: float) -> bool:
+    value = row.cost(cost, fmean if cost in _TIMES else max)
     return value is not None and value <= limit
 
 
@@ -167,12 +176,6 @@ def _require_times(study: Study, costs: set[Cost], exported: bool) -> None:
         raise UserError("its runs were timed on several machines, so times do not compare", file=study.label)
     if "latency_s" in times and not any(run.record.latency_s for run in study.runs):
         raise UserError("its records hold no latency; ask without it, or measure it", file=study.label)
-
-
-def _simultaneous(estimate: Estimate, candidates: int) -> Estimate:
-    """Return a candidate's estimate with the interval that holds for all (Bonferroni), one-sided as the test."""
-    values = list(estimate.by_seed.values())
-    return replace(estimate, interval=mean_interval(values, 1 - 2 * ALPHA / candidates) if values else None)
 
 
 def exported_latency(study: Study, rows: Sequence[BenchRow], file: Path) -> dict[str, float]:

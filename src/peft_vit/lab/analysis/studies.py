@@ -103,26 +103,6 @@ class Plan:
         """Return experiment and seed of each planned run."""
         return frozenset(run_of(run) for folder in self.folders if folder.file is not None for run in folder.file.runs)
 
-    def unfinished(self, recorded: Iterable[tuple[str, int]], expected: Iterable[tuple[str, int]]) -> list[RunStatus]:
-        """Return the runs that have no record that counts, by experiment and seed.
-
-        Args:
-            recorded: runs that have one.
-            expected: what counts without a plan: every experiment with every seed that occurs in records.
-        """
-        reasons = {(experiment, seed): reason for experiment, seed, reason in self.left_out}
-        planned = (status for folder in self.folders if folder.file is not None for status in folder.runs)
-        planned_of = grouped((status.key, status) for status in planned)
-        statuses: list[RunStatus] = []
-        for run in sorted({*(self.runs if self.configurations else expected), *reasons} - set(recorded)):
-            name = "{}/seed_{}".format(*run)
-            states = [status for state in STATES_TO_COME for status in planned_of.get(run, ()) if status.state == state]
-            if run in reasons:
-                states = [RunStatus(name, "left out", note=reasons[run])]
-            # Planned without a state: the record in its folder is of another run, or has come since records were read.
-            statuses.append(states[0] if states else RunStatus(name, "pending" if run in self.runs else "missing"))
-        return statuses
-
 
 def runs_in_words(runs: Iterable[tuple[str, int]], between: str = " ") -> str:
     """Return experiments with their seeds, e.g. ``lora_r8 seeds 0–2, 5; lora_r4 seed 1``."""
@@ -159,11 +139,6 @@ class Study:
     def notices(self) -> tuple[str, ...]:
         """Return sentences: what to know before believing a number."""
         return *self.file_notices, *_notices(self)
-
-    @property
-    def missing(self) -> tuple[tuple[str, int], ...]:
-        """Return experiment and seed of the runs that have no record that counts."""
-        return tuple(run.key for run in self.unfinished)
 
     def counts(self) -> dict[str, int]:
         """Return the number of runs by state; their sum is the number of planned runs."""
@@ -260,8 +235,19 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
             if record.status == "done" and test and parameters and bytes_ and provenance and validated
             else None
         )
-    unfinished = plan.unfinished(group, [(name, seed) for name in place for _, seed in group])
-    unfinished.sort(key=lambda run: (place.get(run.experiment, len(place)), run.key))
+    planned = (status for folder in plan.folders if folder.file is not None for status in folder.runs)
+    planned_of = grouped((status.key, status) for status in planned)
+    reasons = {(experiment, seed): reason for experiment, seed, reason in plan.left_out}
+    # Without a plan every experiment with every seed that occurs counts.
+    expected = plan.runs if plan.configurations else {(name, seed) for name in place for _, seed in group}
+    unfinished: list[RunStatus] = []
+    for run in sorted({*expected, *reasons} - group.keys(), key=lambda run: (place.get(run[0], len(place)), run)):
+        of_run = "{}/seed_{}".format(*run)
+        states = [status for state in STATES_TO_COME for status in planned_of.get(run, ()) if status.state == state]
+        if run in reasons:
+            states = [RunStatus(of_run, "left out", note=reasons[run])]
+        # Planned without a state: the record in its folder is of another run, or has come since records were read.
+        unfinished.append(states[0] if states else RunStatus(of_run, "pending" if run in plan.runs else "missing"))
     return Study(
         name=name,
         smoke=smoke,
@@ -310,7 +296,16 @@ def _notices(study: Study) -> Iterator[str]:
             "intervals."
         )
     yield from (f"In progress: {folder.owner}." for folder in plan.folders if folder.owner is not None)
-    yield from _of_unfinished(study)
+    runs_in = grouped((run.state, run.key) for run in study.unfinished)
+    if named := [state for state in STATES_TO_COME if state in runs_in]:
+        which = ". ".join(f"{state.capitalize()}: {runs_in_words(runs_in[state])}" for state in named)
+        planned = len(study.runs) + len(study.failed) + len(study.unfinished)
+        yield (
+            f"Incomplete: {sum(len(runs_in[state]) for state in named)} of {planned} planned runs are not done "
+            f"yet and are in no number here. {which}."
+        )
+    if missing := runs_in.get("missing"):
+        yield f"Missing: there is no record of {runs_in_words(missing)}. The study is incomplete or still running."
     records = sorted((*(run.record for run in study.runs), *study.failed), key=_run_of)
     foreign = [run for run in map(_run_of, records) if run not in plan.runs]
     if foreign and plan.configurations:
@@ -320,21 +315,6 @@ def _notices(study: Study) -> Iterator[str]:
         notice = text if text.startswith(DataWarning.PREFIX) else f"Warning: {text}"
         yield f"{notice}. Runs: {runs_in_words(runs, ', ')}."
     yield from _differences(study.runs)
-
-
-def _of_unfinished(study: Study) -> Iterator[str]:
-    """Say which planned runs there is nothing of."""
-    runs_in = grouped((run.state, run.key) for run in study.unfinished)
-    named = [state for state in STATES_TO_COME if state in runs_in]
-    if named:
-        which = ". ".join(f"{state.capitalize()}: {runs_in_words(runs_in[state])}" for state in named)
-        planned = len(study.runs) + len(study.failed) + len(study.unfinished)
-        yield (
-            f"Incomplete: {sum(len(runs_in[state]) for state in named)} of {planned} planned runs are not done "
-            f"yet and are in no number here. {which}."
-        )
-    if missing := runs_in.get("missing"):
-        yield f"Missing: there is no record of {runs_in_words(missing)}. The study is incomplete or still running."
 
 
 def _differences(runs: tuple[Run, ...]) -> Iterator[str]:

@@ -23,12 +23,8 @@ from peft_vit.deploy.page.quality import model_quality
 from peft_vit.deploy.page.web_page import PAGE_FILE
 from peft_vit.lab.analysis import Analysis, Results, analyze, read_results
 from peft_vit.lab.analysis.comparison import validation_means
-from peft_vit.lab.report import method_tables, summary
-from peft_vit.lab.report.accuracy_figures import accuracy_by_method, forests
-from peft_vit.lab.report.findings_tables import findings_table
-from peft_vit.lab.report.heatmaps import importance_maps, rank_maps
-from peft_vit.lab.report.lines import loss_curves
-from peft_vit.lab.report.quantization_tables import quantization_tables
+from peft_vit.lab.report import study_tables, summary
+from peft_vit.lab.report.figures import accuracy_by_method, forests, importance_maps, loss_curves, rank_maps
 from peft_vit.runs.records.storage import RECORD_FILE, single_run
 
 MARKDOWN_FILE = "analysis_summary.md"
@@ -90,16 +86,16 @@ def _sections(analysis: Analysis) -> dict[str, tuple[Block, ...]]:
         shown, note = leading(analysis.allocation, means, MAPS)
         allocated = [
             rank_maps(shown, note and note + _EVERY_RUN),
-            method_tables.against_fixed_table(analysis.allocation),
+            study_tables.against_fixed_table(analysis.allocation),
         ]
-    quantized = tuple(quantization_tables(analysis.quantization))
+    quantized = tuple(study_tables.quantization_tables(analysis.quantization))
     insights = Paragraph("No insight: no sentence of this report is about the finished runs of this study.")
     return {
         "Method comparison": compared,
         "Layer importance patterns": (importance,),
         "Allocation effectiveness": tuple(allocated),
         "Quantization impact": quantized or (Paragraph("No finished run of this study quantized the backbone."),),
-        "Insights": (findings_table(analysis.findings) if analysis.findings else insights,),
+        "Insights": (study_tables.findings_table(analysis.findings) if analysis.findings else insights,),
     }
 
 
@@ -108,16 +104,16 @@ def _compared(analysis: Analysis) -> Iterator[Block]:
     study, methods, forest = analysis.study, analysis.methods, forests(analysis)
     means = validation_means(methods)
     yield accuracy_by_method(study, methods)
-    yield method_tables.accuracy_table(methods)
+    yield study_tables.accuracy_table(methods)
     for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
         if reference in forest:
             yield forest[reference]
-        yield method_tables.comparison_table(analysis.comparisons, reference, study.scores)
+        yield study_tables.comparison_table(analysis.comparisons, reference, study.scores)
     if not analysis.comparisons:
         yield Paragraph("No paired differences: no linear probe or LoRA run has finished beside another method.")
     yield loss_curves(study, means)
-    yield method_tables.cost_table(methods)
-    yield method_tables.convergence_table(methods)
+    yield study_tables.cost_table(methods)
+    yield study_tables.convergence_table(methods)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from peft_vit.deploy.page.formatting import (
 )
 from peft_vit.deploy.page.printed import print_blocks, print_with_rows
 from peft_vit.lab.analysis.across import Across
-from peft_vit.lab.analysis.frame import Cost, Row
+from peft_vit.lab.analysis.comparison import Cost, MethodResult
 from peft_vit.lab.analysis.recommendation import Recommendation, needed_pairs
 from peft_vit.runs.records.study_yaml import study_yaml
 
@@ -42,12 +42,12 @@ _COSTS: dict[Cost, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def _costs(rows: Sequence[Row]) -> list[Column]:
+def _costs(rows: Sequence[MethodResult]) -> list[Column]:
     """Return the columns of the costs that were recorded."""
     return [
-        Column(title, partial(Row.mean, cost=cost), show)
+        Column(title, partial(MethodResult.cost, cost=cost), show)
         for cost, (title, show) in _COSTS.items()
-        if any(row.mean(cost) is not None for row in rows)
+        if any(row.cost(cost) is not None for row in rows)
     ]
 
 
@@ -92,7 +92,7 @@ def print_recommendation(advice: Recommendation, output: Path | None) -> None:
     print_blocks(recommendation_blocks(advice))
     if advice.chosen is None:
         return
-    runs = advice.chosen.method.runs
+    runs = advice.chosen.runs
     comments = [f"{advice.chosen.name} of study {advice.study.label}, made again from its records."]
     comments += [advice.study.disclaimer] if advice.study.disclaimer else []
     seeds = [run.seed for run in runs]
@@ -121,7 +121,7 @@ def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]
     )
     yield Paragraph(
         f"Study {study.label}. Best by validation: {best.name}, mean validation {words} {validated} "
-        f"({counted(len(best.method.runs), 'seed')}).\n"
+        f"({counted(len(best.runs), 'seed')}).\n"
         f"Asked: the smallest by {_COSTS[advice.measure][0]} that loses less than {margin} of test {words} against it. "
         f"Limits: {limits or 'none'}."
     )
@@ -206,11 +206,11 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
             "study",
             Column(
                 f"test {words}",
-                "method.test_accuracy",
+                "test_accuracy",
                 partial(score_interval, scores),
                 lambda value: interval_columns(f"test_{scores.metric.name}", scaled(value, factor)),
             ),
-            Column("n", lambda row: len(row.method.runs)),
+            Column("n", lambda row: len(row.runs)),
             *_compared(f"against {reference} ({scores.unit})", better, _verdict),
             *_costs(across.rows),
         ],

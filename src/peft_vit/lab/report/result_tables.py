@@ -14,7 +14,7 @@ from peft_vit.core.records import history_rows
 from peft_vit.deploy.page.document import interval_columns
 from peft_vit.deploy.page.printed import check_rows_file, frame, write_rows
 from peft_vit.lab.analysis import Run, Study, compare_with_references, load_studies, read_results
-from peft_vit.lab.report.columns import comparison_values
+from peft_vit.lab.report.study_tables import comparison_values
 from peft_vit.runs.records.run_rows import RUN_COLUMNS, run_row
 
 if TYPE_CHECKING:

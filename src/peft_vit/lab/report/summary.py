@@ -11,7 +11,7 @@ from peft_vit.base.statistics.estimates import ALPHA
 from peft_vit.core.config import METHOD_KINDS, StudyConfig
 from peft_vit.core.records import RunSpec
 from peft_vit.core.tasks import Scores
-from peft_vit.deploy.page.document import Block, Card, Paragraph, RunDetails, Table, table
+from peft_vit.deploy.page.document import Block, Card, Paragraph, RunDetails, table
 from peft_vit.deploy.page.formatting import (
     bounds_in_percent,
     count,
@@ -61,28 +61,22 @@ def best_on_validation(methods: Sequence[MethodResult]) -> MethodResult | None:
 
 def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
     """Return one card a method: its best experiment, chosen on validation."""
-    bests = [best_on_validation([m for m in methods if m.experiment.method == method]) for method in METHOD_KINDS]
-    return tuple(
-        Card(
-            best.experiment.kind.title,
-            best.name,
-            score_of(best.runs[0].scores, best.test_accuracy.estimate),
-            (
-                _by_seed(best),
-                f"{count(best.final_parameters)} trainable parameters",
-                f"{megabytes(best.stored_bytes)} to store",
-                *([f"{fixed(best.seconds_per_step, 2)} s a step"] if best.seconds_per_step is not None else []),
-            ),
+    cards = []
+    for method in METHOD_KINDS:
+        best = best_on_validation([m for m in methods if m.experiment.method == method])
+        if best is None:
+            continue
+        scores, seconds = best.runs[0].scores, best.cost("seconds_per_step")
+        each = joined(score_of(scores, value).removesuffix(" %") for value in best.by_seed.values())
+        facts = (
+            f"{counted(len(best.runs), 'seed')}: {each}{' %' if scores.metric.is_share else ''}",
+            f"{count(best.final_parameters)} trainable parameters",
+            f"{megabytes(best.stored_bytes)} to store",
+            *([] if seconds is None else [f"{fixed(seconds, 2)} s a step"]),
         )
-        for best in bests
-        if best is not None
-    )
-
-
-def _by_seed(best: MethodResult) -> str:
-    scores = best.runs[0].scores
-    each = joined(score_of(scores, value).removesuffix(" %") for value in best.by_seed.values())
-    return f"{counted(len(best.runs), 'seed')}: {each}{' %' if scores.metric.is_share else ''}"
+        reached = score_of(scores, best.test_accuracy.estimate)
+        cards.append(Card(best.experiment.kind.title, best.name, reached, facts))
+    return tuple(cards)
 
 
 def came_out(analysis: Analysis) -> tuple[str, ...]:
@@ -207,14 +201,8 @@ def progress(study: Study) -> tuple[Block, ...]:
         sentences.append(
             "For runs that are left out, first do what the notice above says; what was moved away runs again."
         )
-    next_step = Paragraph(" ".join([*sentences, "peft-vit status DIR says how far it is."]))
-    return (_not_done_table(study, runs), next_step)
-
-
-def _not_done_table(study: Study, runs: list[RunStatus]) -> Table:
-    """Return one row for runs of an experiment that are in one state for one reason."""
     groups = grouped(((run.experiment, run.state, run.note), run.seed) for run in runs)
-    return table(
+    not_done = table(
         "not_done",
         "Runs that are not done",
         [
@@ -234,6 +222,7 @@ def _not_done_table(study: Study, runs: list[RunStatus]) -> Table:
             for run in runs
         ),
     )
+    return not_done, Paragraph(" ".join([*sentences, "peft-vit status DIR says how far it is."]))
 
 
 def run_details(study: Study) -> tuple[RunDetails, ...]:

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from peft_vit.base.statistics import wilcoxon, wilcoxon_against_each
-
-pytestmark = pytest.mark.part("analyzer")
+from experiments.hypotheses.rivals import wilcoxon_against_each
+from peft_vit.base.statistics import wilcoxon
 
 SIMULATIONS, SEEDS, RIVALS = 1000, 10, 5
 ROOM = 3 * np.sqrt(0.05 * 0.95 / SIMULATIONS)
@@ -46,4 +45,4 @@ def test_by_hand() -> None:
     assert (shown.direction, opposite.direction, opposite.p_value) == (1, 0, 1.0)
     shown, opposite = wilcoxon_against_each([far, -far, -near])
     assert (shown.p_value, opposite.p_value) == (1.0, pytest.approx(3 * 2 / 256))
-    assert (shown.minimum_n, opposite.minimum_n) == (6, 7)
+    assert (shown.comparisons, opposite.comparisons) == (1, 3)
