@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from peft_vit.base.packages import cache_dir
-from peft_vit.data.sources.packaged import CIFAR10, CIFAR100, CifarFiles
+from peft_vit.data.sources.packaged import CIFAR, CifarFiles
 
 
 def sample_images(labels: np.ndarray, side: int, channels: int, file: int = 0) -> np.ndarray:
@@ -102,8 +102,8 @@ _WRITERS = {
     "tiny-imagenet": _tiny_imagenet,
     "elpv": _elpv,
     "fashion-mnist": _fashion_mnist,
-    "cifar10": lambda folder: _cifar(CIFAR10, 10, folder),
-    "cifar100": lambda folder: _cifar(CIFAR100, 100, folder),
+    "cifar10": lambda folder: _cifar(CIFAR["cifar10"], 10, folder),
+    "cifar100": lambda folder: _cifar(CIFAR["cifar100"], 100, folder),
     "hf": _parquet,
 }
 

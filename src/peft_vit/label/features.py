@@ -26,7 +26,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.files import make_folder, read_bytes
 from peft_vit.core.config import DEFAULT_MODEL, BackboneConfig
 from peft_vit.data.files import cache_fault, in_threads
-from peft_vit.data.pixels import FORMAT_VERSION, decode_image, decoders, to_pixels
+from peft_vit.data.pixels import decode_image, decoders, to_pixels
 from peft_vit.label.images import SMALL, ImageFolder
 from peft_vit.runs.this_machine.cache import cache_file
 
@@ -100,7 +100,7 @@ class FolderFeatures:
         self._images, self._model, self._classes = images, model, classes
         trained = "" if model is None else str(model.resolve())
         depends_on = {"folder": str(images.root.resolve()), "model": trained or DEFAULT_MODEL, "image_size": _SIZE}
-        self._place = cache_file("labelling", {**depends_on, "pixels": FORMAT_VERSION, "pillow": decoders()}, "npy")
+        self._place = cache_file("labelling", {**depends_on, "pixels": decoders()}, "npy")
         self._file: FeatureFile | None = None
         self._errors = tempfile.TemporaryFile("w+", encoding="locale")  # noqa: SIM115 - as long as the process
         command = [sys.executable, "-m", __name__, str(self._place), str(images.root), str(os.getpid()), trained]

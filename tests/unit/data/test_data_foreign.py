@@ -17,7 +17,7 @@ from written_images import encoded, png_by_hand
 from peft_vit.base.errors import UserError
 from peft_vit.data import decode_image, find_images, open_index
 from peft_vit.data.sources import tables as tables_module
-from peft_vit.data.sources.packaged import CIFAR10, read_idx
+from peft_vit.data.sources.packaged import CIFAR, read_idx
 
 MIB = 1 << 20
 
@@ -125,9 +125,9 @@ def test_a_zip_bomb_is_unpacked_no_further_than_an_image_goes(tmp_path, config, 
 
 
 def test_pickles_under_the_names_of_the_binary_version_are_pixels(tmp_path, config, marker):
-    for name in (*CIFAR10.train, CIFAR10.test):
+    for name in (*CIFAR["cifar10"].train, CIFAR["cifar10"].test):
         (tmp_path / name).write_bytes(pickle.dumps(Payload(marker)))
-    (tmp_path / CIFAR10.names).write_text("cat\ndog\n")
+    (tmp_path / CIFAR["cifar10"].names).write_text("cat\ndog\n")
     with pytest.raises(UserError, match="not a multiple of a record"):
         open_index(config("cifar10", tmp_path))
 

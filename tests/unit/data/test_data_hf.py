@@ -123,7 +123,7 @@ def test_a_single_parquet_file_is_read_anew_if_it_has_changed(hf, tmp_path, monk
     assert before.official_test is None
     assert [level(before, i) for i in range(4)] == [0, 1, 2, 3]
     with monkeypatch.context() as patch:
-        patch.setattr("peft_vit.data.sources.hf._digests", lambda *_: pytest.fail("hashed again"))
+        patch.setattr("peft_vit.data.sources.hf._stored", lambda *_: pytest.fail("hashed again"))
         assert hf(file).sha256 == before.sha256
     labelled(4, 9).to_parquet(str(file))
     os.utime(file, (1, 1))

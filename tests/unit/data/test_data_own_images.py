@@ -167,10 +167,10 @@ def test_a_table_beside_class_folders_has_to_list_all_of_their_images(tmp_path, 
     with pytest.raises(UserError, match=r"doesn't list 1 of the images in folders .* cat/bild 0.png") as refused:
         find_images(tmp_path)
     assert refused.value.file == str(table)
-    assert len(find_images(table).files.classes) == len(rows) - 1
+    assert len(find_images(table).classes) == len(rows) - 1
     table.write_text("path,label\n" + "\n".join(rows))
     found = find_images(tmp_path)
-    assert (found.path, len(found.files.classes)) == (table, len(rows))
+    assert (found.path, len(found.classes)) == (table, len(rows))
     if len(classes) > 1:  # a study has said that it means the folders
         config = DataConfig(dataset="image-folder", path=str(tmp_path), image_size=14, validation_images=0)
         (tmp_path / "bild 0.png").unlink()

@@ -14,9 +14,8 @@ from written_images import encoded, member, tar_gz
 
 from peft_vit.base.errors import UserError
 from peft_vit.data import open_index
-from peft_vit.data.sources.packaged import CIFAR10, CIFAR100, read_idx
+from peft_vit.data.sources.packaged import CIFAR, read_idx
 
-LAYOUTS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 ELPV_LINES = [
     "images/cell0001.png  1.0                 mono",
     "images/cell0002.png  0.3333333333333333  poly",
@@ -93,7 +92,7 @@ def cifar_record(name, label, red, green, blue):
 
 
 def cifar_files(name):
-    layout = LAYOUTS[name]
+    layout = CIFAR[name]
     files = {file: cifar_record(name, k, k, 100 + k, 200) for k, file in enumerate((*layout.train, layout.test))}
     last = len(files) - 1
     test_batch = bytearray(files[layout.test])
@@ -110,7 +109,7 @@ def write_tar(file, files):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_records(tmp_path, config, name):
-    layout = LAYOUTS[name]
+    layout = CIFAR[name]
     for file, content in cifar_files(name).items():
         (tmp_path / file).write_bytes(content)
     index = open_index(config(name, tmp_path))

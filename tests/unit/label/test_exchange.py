@@ -96,8 +96,8 @@ def test_folders_are_made_that_train_reads(tmp_path) -> None:
     made = sorted(str(path.relative_to(output)) for path in output.rglob("*.png"))
     assert len({name.casefold() for name in made}) == 5
     assert all((output / name).read_bytes() for name in made)
-    found = find_images(output).files  # as `train` does
-    assert (len(found.classes), sum(found.is_test or [])) == (5, 2)
+    found = find_images(output)  # as `train` does
+    assert (len(found.classes), len(found.tested)) == (5, 2)
     with pytest.raises(UserError, match="among your images"):
         to_folders(store, images, images_at / "out")
     with pytest.raises(UserError, match="holds files already"):

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import write_atomically
 from peft_vit.base.packages import cache_dir
-from peft_vit.data.files import cache_fault
+from peft_vit.data.files import cache_fault, new_in_cache
 from peft_vit.data.pixels import on_white
 
 _COLUMNS = ("image", "img", "path", "file", "filename", "file_name", "filepath")
@@ -59,7 +59,7 @@ def held_images(held: Any) -> Iterator[tuple[HeldImage, Any]]:
 def _items(held: Any) -> Iterable[Any]:
     if isinstance(held, str | os.PathLike | Image.Image):
         return [held]
-    of_label = getattr(held, "features", {}).get("label") if hasattr(held, "features") else None
+    of_label = getattr(held, "features", {}).get("label")
     if names := getattr(getattr(of_label, "feature", None), "names", None):  # lists of numbered classes
         return ({**row, "label": [names[k] for k in row["label"]]} for row in held)
     if hasattr(held, "iloc"):  # of pandas
@@ -188,9 +188,6 @@ def _written(pixels: NDArray[np.uint8], label: str) -> str:
     name = f"{hashlib.sha256(repr((label, pixels.shape)).encode() + pixels.tobytes()).hexdigest()[:32]}.png"
     file = held_folder() / name
     if not file.exists():
-        with cache_fault(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            begun = file.with_name(f".{name}.{os.getpid()}")
-            Image.fromarray(pixels).save(begun, "PNG", compress_level=1)
-            begun.replace(file)
+        with new_in_cache(file) as made:
+            Image.fromarray(pixels).save(made, compress_level=1)
     return name
