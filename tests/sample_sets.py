@@ -78,7 +78,7 @@ def _cifar(layout: CifarFiles, classes: int, folder: Path) -> None:
     labels = np.tile(np.arange(classes), 2)
     for number, name in enumerate((*layout.train, layout.test)):
         planes = sample_images(labels, 32, 3, number).transpose(0, 3, 1, 2)
-        leading = np.repeat(labels[:, None], layout.label_bytes, axis=1).astype(np.uint8)
+        leading = np.pad(labels[:, None], ((0, 0), (layout.label_bytes - 1, 0))).astype(np.uint8)  # coarse classes: 0
         np.hstack([leading, planes.reshape(len(labels), -1)]).tofile(folder / name)
     (folder / layout.names).write_text("".join(f"class {k}\n" for k in range(classes)))
 

@@ -1,4 +1,4 @@
-"""Readers of image files with labels: Tiny ImageNet, class folders, CSV."""
+"""Readers of image files with labels: class folders, CSV."""
 
 import io
 import os
@@ -68,34 +68,6 @@ def test_hash_follows_names_and_contents_but_not_the_place(folder, config, tmp_p
     (folder / "cat/b.bmp").write_bytes(content)
     changed = open_index(config("image-folder", folder)).sha256
     assert len({before, renamed, changed}) == 3
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    root = tmp_path / "tiny-imagenet-200"
-    for k, wordnet_id in enumerate(["n01443537", "n01629819"]):
-        paint(root / "train" / wordnet_id / "images" / f"{wordnet_id}_0.JPEG", (100 * k, 0, 0), quality=100)
-        (root / "train" / wordnet_id / f"{wordnet_id}_boxes.txt").write_text(f"{wordnet_id}_0.JPEG\t0\t0\t62\t62\n")
-        paint(root / "val" / "images" / f"val_{k}.JPEG", (0, 0, 100 * k), quality=100)
-    paint(root / "test" / "images" / "test_0.JPEG")
-    (root / "val" / "val_annotations.txt").write_text(
-        "val_0.JPEG\tn01629819\t0\t32\t44\t62\nval_1.JPEG\tn01443537\t52\t55\t57\t59\n"
-    )
-    (root / "words.txt").write_text(
-        "n01443537\tgoldfish, Carassius auratus\nn01629819\tEuropean fire salamander\nn09999999\tsomething else\n"
-    )
-    return root
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_tiny_imagenet(tiny, config, zipped):
-    path = shutil.make_archive(str(tiny), "zip", tiny.parent, tiny.name) if zipped else tiny
-    index = open_index(config("tiny-imagenet", path))
-    assert index.class_names == ("n01443537 goldfish", "n01629819 European fire salamander")
-    assert index.labels.tolist() == [0, 1, 1, 0]  # by the annotations, not by the order of names
-    assert index.official_test.tolist() == [False, False, True, True]
-    assert np.asarray(index.read(1))[5, 5, 0] == pytest.approx(100, abs=2)
-    assert np.asarray(index.read(3))[5, 5, 2] == pytest.approx(100, abs=2)
 
 
 def write_csv(folder, text):

@@ -285,14 +285,6 @@ def test_test_images_without_labels_give_way_to_validation_and_that_is_told(conf
     assert (without_column.official_test, without_column.notes) == (None, (UNLABELLED,))
 
 
-def test_an_image_on_both_sides_of_its_own_split_is_told(config, tmp_path):
-    made = {"train": labelled(12), "test": labelled(4, 10)}
-    configured = config("hf", saved(tmp_path, made))
-    (said,) = load_data(configured, 0).warnings
-    assert said.startswith("Images: 2 images are in two splits, such as train[10] (")
-    assert said.endswith(") and test[0] (test); the splits stay as they are")
-
-
 # --- files of others ------------------------------------------------------------------------------------------------
 
 

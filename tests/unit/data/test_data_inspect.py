@@ -475,6 +475,7 @@ def test_neighbours_are_told_only_where_they_are_on_two_sides_look_alike_and_are
     frames = clips(tmp_path / "frames", "frame{clip}{frame}.png")
     assert "COLUMN" in told(frames)[0]  # of one name, which would keep each class together as a whole
     assert not told(clips(tmp_path / "far", "clip{clip}_{frame}.png", step=12))
+    assert not told(clips(tmp_path / "near", "clip{clip}_{frame}.png", step=1))  # copies, which stay together anyway
     for side in ("train", "test"):
         clips(tmp_path / "split" / side, f"{side}{{clip}}_{{frame}}.png", step=3 + (side == "test"))
     assert not told(tmp_path / "split")
