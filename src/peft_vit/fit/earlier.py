@@ -74,7 +74,6 @@ class EarlierRun:
             (asked.adapter_bytes is not None, "was trained with --adapter-bytes, which --from does not take"),
             (asked.group is not None, "was split with --group, which --from does not keep"),
             (asked.smoke, "was trained with --smoke"),
-            (not images.digests, "is of an earlier version, which did not note the contents of images"),
         )
         for is_so, reason in faults:
             if is_so:

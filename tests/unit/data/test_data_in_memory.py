@@ -153,11 +153,11 @@ def test_lists_of_names_and_numbers_are_labels_of_their_tasks() -> None:
         (PIXELS, [1, 2], r"inconsistent numbers of samples: \[4, 2\]"),
         (PIXELS, [0.1, 0.2, 0.3, 0.4], "Unknown label type: continuous"),
         (PIXELS, np.eye(4), "y should be a 1d array"),
-        (PIXELS, None, "labels: are missing; give one for each image"),
+        (PIXELS, None, "labels: are missing, the first at 0; give one for each image"),
         (PIXELS, ["a", "b", "", "a"], "labels: '' is empty"),
         (PIXELS, ["a", " b", "a", "a"], "labels: ' b' is empty, or begins or ends with a space"),
         ([], None, "images: are none"),
-        (PIXELS, np.array(["a", float("nan"), "b", None], dtype=object), "labels: 2 of 4 are missing, the first at 1"),
+        (PIXELS, np.array(["a", float("nan"), "b", None], dtype=object), "labels: are missing, the first at 1"),
     ],
 )
 def test_labels_that_are_none_are_refused(images, labels, said) -> None:

@@ -91,7 +91,7 @@ def _of_copies(index: ImageIndex, splits: Splits, image_size: int) -> Iterator[s
     group_of[index.groups[rows]] = equal
     groups = group_of[index.groups]  # a file in no split is not decoded, but may be a copy of one that is
     known = np.flatnonzero(groups >= 0)
-    count, pair = count_crossing(groups[known], index.marks[known])
+    count, pair = count_crossing(groups[known], index.task.label_ids(index.labels)[known])
     if count:
         a, b = (f"{index.title(i)} ('{index.label(i)}')" for i in known[list(pair)].tolist())
         yield f"{count} images are of two classes, such as {a} and {b}; one of the labels is wrong"

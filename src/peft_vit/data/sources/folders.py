@@ -114,7 +114,7 @@ def _labelled_then(index: ImageIndex, images: Images, inspected: ImagesFile) -> 
     """Return the index with the images, labels, names and order of then; as it is, if one is gone or changed."""
     assert index.digests is not None
     place = {digest[:DIGEST_LETTERS]: i for i, digest in enumerate(index.digests)}
-    if not place.keys() >= {*inspected.digests.values()} or len(inspected.labels) != len(inspected.digests):
+    if not place.keys() >= {*inspected.digests.values()}:
         return index
     rows = [place[digest] for digest in inspected.digests.values()]
     then = dict(zip(inspected.digests, inspected.labels, strict=True))

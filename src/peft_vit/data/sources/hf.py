@@ -26,7 +26,7 @@ from peft_vit.base.extras import require_extra
 from peft_vit.base.files import LARGEST_BYTES, read_bytes
 from peft_vit.base.packages import ask_hub, cache_dir, check_download
 from peft_vit.core.config import DataConfig
-from peft_vit.core.tasks import TASKS, Column, Task
+from peft_vit.core.tasks import TASKS, Task
 from peft_vit.data.files import FETCH_AGAIN, hashes, remembered, stamps
 from peft_vit.data.index import ImageIndex, numbered
 from peft_vit.data.pixels import decode_image
@@ -78,7 +78,9 @@ def read_hf(config: DataConfig) -> ImageIndex:
         notes: list[str] = []
         parts = _labelled([_split(name, rows, image, label, features, path) for name, rows in splits.items()], notes)
         is_test = _official_test(parts, notes)
-        holds = _holds(features[label])
+        feature = features[label]
+        holds = "numbers" if getattr(feature, "dtype", "").startswith(("float", "double")) else "classes"
+        holds = "lists" if _inner(feature) else holds
         fitting = (task for task in TASKS.values() if task.column == holds)
         task = TASKS[config.task] if config.task else next(fitting)
         if task.one_class and holds == "lists":
@@ -88,11 +90,11 @@ def read_hf(config: DataConfig) -> ImageIndex:
         values = [value for part in parts for value in part.classes]
         images = chunked_array([chunk for part in parts for chunk in part.images.chunks])
         if task.one_class:
-            names, labels = _classes(values, features[label], label, notes)
+            names, labels = _classes(values, feature, label, notes)
             texts = [names[k] for k in labels]
         else:
             column = "label" if holds == "lists" else label  # they stand in one cell, as in a table
-            texts = _texts(values, titles, features[label], column, task)
+            texts = _texts(values, titles, feature, column, task)
             names, labels = task.read_split(texts, (column,), is_test)
         digests = [digest for part in parts for digest in _digests(part)]
         titles, digests = _with_files(images, titles, digests, path)
@@ -299,13 +301,6 @@ def _inner(feature: Any) -> Any:
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
     text = isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
     return inner if text or isinstance(inner, datasets.ClassLabel) else None
-
-
-def _holds(feature: Any) -> Column:
-    """Return what a column of labels holds."""
-    if _inner(feature):
-        return "lists"
-    return "numbers" if getattr(feature, "dtype", "").startswith(("float", "double")) else "classes"
 
 
 def _column(what: str, why: str, features: Features, column: str | None, likely: list[str], possible: list[str]) -> str:

@@ -116,10 +116,6 @@ def _pixels(image: Any, position: int) -> HeldImage:
     return np.rint(array * (255 / largest)).astype(np.uint8)
 
 
-def _is_missing(label: Any) -> bool:
-    return label is None or (isinstance(label, float) and math.isnan(label))
-
-
 def write_table(images: Any, labels: Any = None, *, of_classes: bool = True) -> tuple[Path, NDArray[Any]]:
     """Write a table of images and labels, as `find_images` reads it, to the cache; equal ones of a class are one row.
 
@@ -140,18 +136,13 @@ def write_table(images: Any, labels: Any = None, *, of_classes: bool = True) -> 
 
     if labels is not None:
         check_consistent_length(images, labels)
-        unknown = [place for place, label in enumerate(labels) if _is_missing(label)] if of_classes else []
-        if unknown:
-            message = f"{len(unknown)} of {len(labels)} are missing, the first at {unknown[0]}; leave those images out"
-            raise UserError(message, field="labels")
         labels = column_or_1d(labels) if of_classes else list(labels)
     rows: list[tuple[str, Any]] = []
     for position, (image, held_label) in enumerate(held_images(images)):
         label = held_label if labels is None else labels[position]
-        if label is None:
-            raise UserError(
-                "are missing; give one for each image, or a table or data set that holds them", field="labels"
-            )
+        if label is None or (isinstance(label, float) and math.isnan(label)):
+            message = f"are missing, the first at {position}; give one for each image, or leave such images out"
+            raise UserError(message, field="labels")
         place = os.path.abspath(image) if isinstance(image, Path) else _written(image, str(label))
         rows.append((place, label if of_classes else _cell(label)))
     if not rows:
