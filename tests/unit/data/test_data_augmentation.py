@@ -80,7 +80,8 @@ def test_ordered_batches_are_normalised_as_by_torchvision(channels) -> None:
 def test_shuffled_batches_visit_every_image_once_in_the_stated_order() -> None:
     images = images_of(21)
     got, labels = gathered(images.shuffled_batches(8, MEAN, STD, augmentation=(), seed=0, epoch=1))
-    assert labels.tolist() == images.order(0, 1).tolist()
+    stated = torch.randperm(21, generator=torch_generator(0, "data_order", 1))
+    assert labels.tolist() == images.order(0, 1).tolist() == stated.tolist()
     assert sorted(labels.tolist()) == list(range(21))
     ordered, _ = gathered(images.ordered_batches(8, MEAN, STD))
     assert torch.equal(got, ordered[labels])
