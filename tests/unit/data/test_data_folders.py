@@ -130,11 +130,6 @@ def test_the_hash_of_a_table_is_that_of_what_is_used_of_it(folder, config):
     assert hashed(table) != before
 
 
-def test_an_empty_column_of_splits_is_none(folder, config):
-    for text in ("path,label,split\ncat/a.png,x,\ndog/a.webp,y,\n", "path;label;split\ncat/a.png;x;\ndog/a.webp;y;\n"):
-        assert open_index(config("csv", write_csv(folder, text))).official_test is None
-
-
 def test_folders_above_may_have_any_name(folder, config, monkeypatch):
     before = open_index(config("image-folder", folder)).sha256
     above = os.path.join(os.fsencode(folder.parent), b"donn\xe9es")
