@@ -160,38 +160,40 @@ def open_tree(location: Path, below: str = "") -> FileTree:
     Raises:
         UserError: if it is neither, or as `files_below`.
     """
+    start = f"{below}/" if below else ""
     if location.is_dir():
         root, unused = location.resolve() / below, dict[str, str]()
-        return FileTree(
-            root,
-            files_below(root, unused=unused),
-            lambda name: read_bytes(root / name),
-            lambda used: hashes({name: root / name for name in used}),
-            unused,
-        )
+
+        def hashed(used: list[str]) -> Hashes:
+            sha256, each = hashes({start + name: root / name for name in used})
+            return Hashes(sha256, {name: each[start + name] for name in used})
+
+        return FileTree(root, files_below(root, unused=unused), lambda name: read_bytes(root / name), hashed, unused)
     with foreign_fault("is neither a folder nor a zip", location, remedy="name one of the two", field="data.path"):
         if not location.is_file():  # opening a pipe could wait for ever
             raise zipfile.BadZipFile("is not a regular file")
         archive = zipfile.ZipFile(location)
     members: dict[str, zipfile.ZipInfo] = {}
-    start = f"{below}/" if below else ""
     for info in archive.infolist():
         name = info.filename
         fault = ""
         if not name or name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name:
             fault = "a file of the name {!r}, which leads out of it or is none"
-        elif name.removeprefix(start) in members:
+        elif name in members:
             fault = "{!r} twice, which could land in train and test"
         if fault:
             raise UserError(f"holds {fault.format(name)}; pack it again", file=location)
-        if name.startswith(start) and not info.is_dir() and not HIDDEN.search(name):
-            members[name.removeprefix(start)] = info
-
-    def hashed(used: list[str]) -> Hashes:
-        of_members = _fingerprints(archive, {name: members[name] for name in used})
-        return Hashes(hashes({"": location}).sha256, of_members)
-
-    return FileTree(location / below, tuple(sorted(members)), lambda name: _read_member(archive, members[name]), hashed)
+        if not info.is_dir() and not HIDDEN.search(name):
+            members[name] = info
+    members = {name.removeprefix(start): info for name, info in members.items() if name.startswith(start)}
+    return FileTree(
+        location / below,
+        tuple(sorted(members)),
+        lambda name: _read_member(archive, members[name]),
+        lambda used: Hashes(
+            hashes({"": location}).sha256, _fingerprints(archive, {name: members[name] for name in used})
+        ),
+    )
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:

@@ -1,5 +1,6 @@
 """Readers of image files with labels: class folders, CSV."""
 
+import hashlib
 import io
 import os
 import shutil
@@ -9,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from written_images import save
+from written_images import save, zip_of
 
 from peft_vit.base.errors import UserError
-from peft_vit.data import open_index
+from peft_vit.data import find_images, open_index
 from peft_vit.data.files import files_below
 
 
@@ -68,6 +69,23 @@ def test_hash_follows_names_and_contents_but_not_the_place(folder, config, tmp_p
     (folder / "cat/b.bmp").write_bytes(content)
     changed = open_index(config("image-folder", folder)).sha256
     assert len({before, renamed, changed}) == 3
+
+
+def test_deeper_class_folders_are_hashed_by_their_names_from_the_top(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "top" / "a" / "deep")
+    (tmp_path / "top" / "cat").mkdir()
+    shutil.copy(folder / "cat/b.bmp", tmp_path / "top" / "cat" / "notes.txt")
+    found = find_images(tmp_path / "top")
+    names = ["cat/a.png", "cat/b.bmp", "dog/a.webp", "dog/c.PNG"]
+    each = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    lines = "".join(f"a/deep/{name}\0{mark}\n" for name, mark in each.items())
+    assert list(found.classes) == names
+    assert found.tree.hashed(names) == (hashlib.sha256(lines.encode()).hexdigest(), each)
+    (tmp_path / "top" / "cat" / "notes.txt").rename(tmp_path / "top" / "notes.txt")
+    shutil.copy(folder / "cat/b.bmp", tmp_path / "top" / "a" / "deep" / "notes.txt")  # a name in both, packed
+    packed = find_images(zip_of(tmp_path / "top"))
+    assert list(packed.classes) == names
+    assert packed.tree.read("cat/b.bmp") == (folder / "cat/b.bmp").read_bytes()
 
 
 def write_csv(folder, text):
