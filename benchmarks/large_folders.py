@@ -63,7 +63,7 @@ def read(root: Path) -> Iterator[tuple[str, float, float, float]]:
 
     for turn in ("first", "again"):
         found = find_images(root)
-        names = list(found.files.classes)
+        names = list(found.classes)
         steps = {
             "listed": lambda: find_images(root),
             "hashed": lambda found=found, names=names: found.tree.hashed(names),

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from peft_vit.base.packages import cache_dir
-from peft_vit.data.sources.packaged import CIFAR10, CIFAR100, CifarFiles
+from peft_vit.data.sources.packaged import CIFAR, CifarFiles
 
 
 def sample_images(labels: np.ndarray, side: int, channels: int, file: int = 0) -> np.ndarray:
@@ -78,7 +78,7 @@ def _cifar(layout: CifarFiles, classes: int, folder: Path) -> None:
     labels = np.tile(np.arange(classes), 2)
     for number, name in enumerate((*layout.train, layout.test)):
         planes = sample_images(labels, 32, 3, number).transpose(0, 3, 1, 2)
-        leading = np.repeat(labels[:, None], layout.label_bytes, axis=1).astype(np.uint8)
+        leading = np.pad(labels[:, None], ((0, 0), (layout.label_bytes - 1, 0))).astype(np.uint8)  # coarse classes: 0
         np.hstack([leading, planes.reshape(len(labels), -1)]).tofile(folder / name)
     (folder / layout.names).write_text("".join(f"class {k}\n" for k in range(classes)))
 
@@ -102,8 +102,8 @@ _WRITERS = {
     "tiny-imagenet": _tiny_imagenet,
     "elpv": _elpv,
     "fashion-mnist": _fashion_mnist,
-    "cifar10": lambda folder: _cifar(CIFAR10, 10, folder),
-    "cifar100": lambda folder: _cifar(CIFAR100, 100, folder),
+    "cifar10": lambda folder: _cifar(CIFAR["cifar10"], 10, folder),
+    "cifar100": lambda folder: _cifar(CIFAR["cifar100"], 100, folder),
     "hf": _parquet,
 }
 

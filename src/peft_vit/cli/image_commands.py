@@ -61,11 +61,11 @@ def test(request: LabelledRequest) -> None:
     with progress(f"opening {request.model}", sys.stderr):
         classifier = open_classifier(file, request.weights, request.adapter)
     card = classifier.card
-    if images.files.task is not TASKS[card.task]:
+    if images.task is not TASKS[card.task]:
         images = find_images(request.images, card.task)
     record = _record_of(file, card.run)
     trained_on = None if record is None else record.spec.data.path
-    if images.files.is_test is None and trained_on and Path(trained_on).resolve() == images.path.resolve():
+    if not images.tested and trained_on and Path(trained_on).resolve() == images.path.resolve():
         reason = "holds the images that the model was trained on; name others. Its page has its own test"
         raise UserError(reason, file=request.images)
     with progress("testing", sys.stderr) as on_progress:
@@ -287,7 +287,7 @@ def review(request: ReviewRequest) -> None:
 
     refuse_among_images(request.images, request.output)
     asked = TrainRequest.of(images=request.images, group=request.group)
-    if not asked.found.files.task.one_class:
+    if not asked.found.task.one_class:
         raise UserError("has several labels an image, or numbers; review takes one class each", file=request.images)
     if request.page or request.undo:
         from peft_vit.label.corrections import Checking, Corrections, Doubt

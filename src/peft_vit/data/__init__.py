@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from peft_vit.data.splits import Splits, class_gaps, make_splits
 
 _WITH_TORCH = {
-    "inspection.decoding": ("PixelStore",),
-    "inspection.duplicates": ("image_warnings",),
-    "inspection.holdout": ("images_file",),
-    "inspection.inspect": ("Inspection", "inspect_images"),
-    "load": ("images_of", "load_data", "open_index", "smoke_config", "thumbnails_of"),
-    "splits": ("Splits", "class_gaps", "make_splits"),
+    "PixelStore": "inspection.decoding",
+    "image_warnings": "inspection.duplicates",
+    "images_file": "inspection.holdout",
+    "Inspection": "inspection.inspect",
+    "inspect_images": "inspection.inspect",
+    **dict.fromkeys(("images_of", "load_data", "open_index", "smoke_config", "thumbnails_of"), "load"),
+    **dict.fromkeys(("Splits", "class_gaps", "make_splits"), "splits"),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: predicting from a file for another runtime needs no torch."""
-    for module, names in _WITH_TORCH.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
+    if name in _WITH_TORCH:
+        return getattr(import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
+from pydantic import TypeAdapter
+
 from peft_vit.base.errors import UserError, foreign_fault, os_fault
 from peft_vit.base.extras import require_extra
 from peft_vit.base.files import LARGEST_BYTES, read_bytes, require_regular, sha256_of, write_atomically
@@ -77,20 +79,6 @@ class FileTree:
     def file(self, name: str) -> str:
         """Return what to call a file in an error."""
         return str((self.base or self.location) / name)
-
-    def below(self, folder: str) -> FileTree:
-        """Return the part of it below a folder, a relative name; "" is all of it."""
-        if not folder:
-            return self
-        start = f"{folder}/"
-
-        def hashed(names: list[str]) -> Hashes:
-            sha256, each = self.hashed([start + name for name in names])
-            return Hashes(sha256, {name.removeprefix(start): mark for name, mark in each.items()})
-
-        names = tuple(name.removeprefix(start) for name in self.names if name.startswith(start))
-        unused = {name.removeprefix(start): at for name, at in self.unused.items() if name.startswith(start)}
-        return FileTree(self.location / folder, names, lambda name: self.read(start + name), hashed, unused)
 
     def fault(self, name: str) -> str | None:
         """Return why a file can't even be opened, such as a link to nothing; None if it can, or lies in a zip."""
@@ -166,21 +154,21 @@ def expanded_braces(pattern: str) -> list[str]:
     return [text for part in parts for text in expanded_braces(start + part + end)]
 
 
-def open_tree(location: Path) -> FileTree:
-    """Open a folder or a zip (a wheel is one).
+def open_tree(location: Path, below: str = "") -> FileTree:
+    """Open a folder or a zip (a wheel is one), or a folder in it.
 
     Raises:
         UserError: if it is neither, or as `files_below`.
     """
+    start = f"{below}/" if below else ""
     if location.is_dir():
-        root, unused = location.resolve(), dict[str, str]()
-        return FileTree(
-            root,
-            files_below(root, unused=unused),
-            lambda name: read_bytes(root / name),
-            lambda used: hashes({name: root / name for name in used}),
-            unused,
-        )
+        root, unused = location.resolve() / below, dict[str, str]()
+
+        def hashed(used: list[str]) -> Hashes:
+            sha256, each = hashes({start + name: root / name for name in used})
+            return Hashes(sha256, {name: each[start + name] for name in used})
+
+        return FileTree(root, files_below(root, unused=unused), lambda name: read_bytes(root / name), hashed, unused)
     with foreign_fault("is neither a folder nor a zip", location, remedy="name one of the two", field="data.path"):
         if not location.is_file():  # opening a pipe could wait for ever
             raise zipfile.BadZipFile("is not a regular file")
@@ -197,8 +185,9 @@ def open_tree(location: Path) -> FileTree:
             raise UserError(f"holds {fault.format(name)}; pack it again", file=location)
         if not info.is_dir() and not HIDDEN.search(name):
             members[name] = info
+    members = {name.removeprefix(start): info for name, info in members.items() if name.startswith(start)}
     return FileTree(
-        location,
+        location / below,
         tuple(sorted(members)),
         lambda name: _read_member(archive, members[name]),
         lambda used: Hashes(
@@ -314,11 +303,16 @@ def hashes(files: Mapping[str, Path]) -> Hashes:
 
     Hashing a large folder takes as long as reading it, so each file's hash is remembered, see `read_once`.
     """
-    each = read_once("hashes", dict(sorted(files.items())), sha256_of, r"[0-9a-f]{64}")
+
+    def sha256(file: Path) -> str:
+        with os_fault("cannot be read", file):
+            return sha256_of(file)
+
+    each = read_once("hashes", dict(sorted(files.items())), sha256)
     return Hashes(next(iter(each.values())), each) if len(each) == 1 else Hashes.of(each)
 
 
-def read_once(kind: str, files: Mapping[str, Path], read: Callable[[Path], str], pattern: str) -> dict[str, str]:
+def read_once(kind: str, files: Mapping[str, Path], read: Callable[[Path], str]) -> dict[str, str]:
     """Return what reading each of some files gives, by name; those that are as they were are not opened again.
 
     What is known of all files below the folder that these share is one file of the cache.
@@ -327,7 +321,6 @@ def read_once(kind: str, files: Mapping[str, Path], read: Callable[[Path], str],
         kind: of what is read; a folder of the cache.
         files: by name.
         read: what it says of a file.
-        pattern: that this matches.
 
     Raises:
         UserError: if a file can't be read, or the cache not written.
@@ -337,54 +330,37 @@ def read_once(kind: str, files: Mapping[str, Path], read: Callable[[Path], str],
     places = {name: os.path.abspath(path) for name, path in files.items()}
     shared = os.path.commonpath([min(places.values()), max(places.values())])
     memo = cache_dir() / kind / hashlib.sha256(os.fsencode(shared)).hexdigest()
-    kept: dict[str, Any] = {}
-    with suppress(OSError, ValueError, TypeError):  # none, or damaged
-        kept = dict(json.loads(memo.read_bytes()))
-    try:
-        stamps = {name: _stamp(place) for name, place in places.items()}
-        known = {name: _kept(kept.get(place[len(shared) :]), stamps[name]) for name, place in places.items()}
-        missing = [name for name, value in known.items() if not re.fullmatch(pattern, value)]
-        known |= zip(missing, in_threads(read, [files[name] for name in missing]), strict=True)
-    except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror})", file=error.filename) from None
-    if missing:
-        kept |= {places[name][len(shared) :]: [stamps[name], known[name]] for name in missing}
+    known: dict[str, tuple[str, str]] = {}  # stamp of a file and what was read, by its place below the shared folder
+    with suppress(OSError, ValueError):  # none, or damaged
+        known = TypeAdapter(dict[str, tuple[str, str]]).validate_json(memo.read_bytes())
+    below = {name: place[len(shared) :] for name, place in places.items()}
+    stamps = {name: _stamp(place) for name, place in places.items()}
+    changed = [name for name, stamp in stamps.items() if known.get(below[name], ("",))[0] != stamp]
+    if changed:
+        values = in_threads(read, [files[name] for name in changed])
+        known |= {below[name]: (stamps[name], value) for name, value in zip(changed, values, strict=True)}
         with cache_fault(memo):
-            write_atomically(memo, json.dumps(kept, separators=(",", ":")).encode())
-    return known
+            write_atomically(memo, json.dumps(known, separators=(",", ":")).encode())
+    return {name: known[place][1] for name, place in below.items()}
 
 
-def _stamp(place: str | Path) -> str:
+def _stamp(file: str | Path) -> str:
     """Return what the system says of a file: size, inode, and times of modification and of change.
 
     A copy may bring the first time along (`cp -p`, `rsync -t`), the second one is the system's own.
 
     Raises:
-        OSError: if it is not there, or not a regular file.
+        UserError: if it is not there, or not a regular file.
     """
-    status = os.stat(place)
-    require_regular(status, place)
+    with os_fault("cannot be read", Path(file)):
+        status = os.stat(file)
+        require_regular(status, file)
     return f"{status.st_size} {status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
-def _kept(row: Any, stamp: str) -> str:
-    """Return what was read of a file that has not changed since; else nothing."""
-    match row:
-        case [str(before), str(value)] if before == stamp:
-            return value
-    return ""
-
-
 def stamps(files: Mapping[str, Path]) -> str:
-    """Return the names and paths of files with what the system says of them, see `_stamp`, as a key of `remembered`.
-
-    Raises:
-        UserError: if a file can't be read.
-    """
-    try:
-        return "".join(f"{name}\0{os.path.abspath(path)}\0{_stamp(path)}\n" for name, path in files.items())
-    except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror})", file=error.filename) from None
+    """Return the names and paths of files with what the system says of them, see `_stamp`, as a key of `remembered`."""
+    return "".join(f"{name}\0{os.path.abspath(path)}\0{_stamp(path)}\n" for name, path in files.items())
 
 
 def remembered(kind: str, key: str, compute: Callable[[], Any], read: Callable[[Any], _Result]) -> _Result:

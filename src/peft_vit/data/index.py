@@ -92,11 +92,6 @@ class ImageIndex:
         """Equal numbers for copies, (N,) int64; where nobody looked for copies every image is one of its own."""
         return np.arange(len(self.labels)) if self.contents is None else self.contents
 
-    @property
-    def marks(self) -> np.ndarray:
-        """Equal numbers where copies may be of both labels, (N,) int64."""
-        return self.task.label_ids(self.labels)
-
     def label(self, i: int) -> str:
         """Return the label of image i in words."""
         return self.task.text(self.labels[i], self.class_names)
@@ -126,16 +121,16 @@ class ImagesFile(Frozen):
     left_out: dict[str, str]  # why, by name
     copies: tuple[tuple[str, ...], ...]  # and what else is to stay together: on one side of every split
     sealed: tuple[str, ...]  # tested once in the end; in no fold, and neither trained on nor validated with
-    digests: dict[str, str] = Field(default={})  # an earlier version has written neither these
-    labels: tuple[str, ...] = ()  # nor these of the same images, as a folder or a table said them
-    asked: tuple[str, int | None, int | None] | None = None  # nor path, seed and number of test images
-    trained: tuple[str, ...] = ()  # digests of what the earlier models of a call with --from have learned from
+    digests: dict[str, str]
+    labels: tuple[str, ...]  # of the same images, as a folder or a table said them
+    asked: tuple[str, int | None, int | None] | None = None  # path, seed and number of test images
+    trained: tuple[str, ...]  # digests of what the earlier models of a call with --from have learned from
     compared: int | None = Field(default=None, exclude_if=lambda count: count is None)  # images; None: all
 
     @property
     def tested(self) -> set[str]:
         """Return the digests of the test images."""
-        return {self.digests[name] for name in self.sealed if self.digests}
+        return {self.digests[name] for name in self.sealed}
 
     @property
     def learned_from(self) -> set[str]:

@@ -25,11 +25,10 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +44,7 @@ from peft_vit.core.config import Interpolation, Resize
 from peft_vit.data.files import in_threads, new_in_cache
 from peft_vit.data.index import ImageIndex
 
-FORMAT_VERSION = 3  # raise when a reader, the resizing or the layout changes
+_FORMAT_VERSION = 3  # raise when a reader, the resizing or the layout changes
 _log = logging.getLogger(__name__)
 # By content, whatever the file is called: Pillow would hand an EPS to Ghostscript, which runs what stands in it.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")
@@ -75,8 +74,9 @@ def formats() -> tuple[str, ...]:
 
 
 def decoders() -> str:
-    """Return the versions of what decodes and resizes images here, on which cached pixels and features depend."""
-    return PIL.__version__ if missing_packages("heic") else f"{PIL.__version__} {metadata.version('pillow_heif')}"
+    """Return what cached pixels and features depend on: how images are read here, and the versions of what does it."""
+    versions = PIL.__version__ if missing_packages("heic") else f"{PIL.__version__} {metadata.version('pillow_heif')}"
+    return f"{_FORMAT_VERSION} {versions}"
 
 
 def decode_image(read: Callable[[], bytes], file: str, *, enough: int | None = None) -> Image.Image:
@@ -96,7 +96,14 @@ def decode_image(read: Callable[[], bytes], file: str, *, enough: int | None = N
         if enough is not None:
             image.draft(None, (enough, enough))  # of JPEGs alone; its sides stay at least as long
         image.load()
-        return _eight_bits(image, ImageOps.exif_transpose(image), raw_mode)
+        upright = ImageOps.exif_transpose(image)
+        if not _is_grey_of_16_bits(image, raw_mode):
+            return upright
+        values = np.asarray(upright)  # (H, W), 0 to 65,535
+        grey = (values >> (4 if raw_mode == "I;12" else 8)).astype(np.uint8)
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            grey = 255 - grey
+        return Image.fromarray(grey)
 
 
 def _opened(content: bytes, file: str) -> tuple[ImageFile.ImageFile, str]:
@@ -128,36 +135,31 @@ def _quiet() -> AbstractContextManager[object]:
 
 
 class Facts(NamedTuple):
-    """What the head of an image file says: its shorter and longer side in pixels, and whether it is animated."""
+    """What an image file says without being decoded.
+
+    Attributes:
+        short: the shorter side, in pixels.
+        long: the longer one.
+        is_animated: whether it has several frames.
+        is_complete: whether it ends as its format does; of other formats False: decode it to be sure.
+    """
 
     short: int
     long: int
     is_animated: bool
+    is_complete: bool
 
 
 def read_facts(content: bytes) -> Facts:
-    """Return what the head of a sound image file says."""
-    with Image.open(io.BytesIO(content), formats=formats()) as image:  # noqa: TID251 - these alone
-        return _facts(image)
-
-
-def _facts(image: Image.Image) -> Facts:
+    """Return what a sound image file says; raises for others, in any way."""
+    image, _ = _opened(content, "")
     is_animated = image.format in ("GIF", "PNG", "WEBP", "AVIF") and getattr(image, "is_animated", False)
-    return Facts(min(image.size), max(image.size), is_animated)
-
-
-def facts_of_complete(content: bytes) -> Facts | None:
-    """Return what the head of an image file says if the file ends as its format does; None: decode it to be sure."""
-    with suppress(Exception):  # a foreign file can fail in any way
-        image, _ = _opened(content, "")
-        is_complete = {
-            "JPEG": content.endswith(b"\xff\xd9"),  # end of image, ITU-T T.81, B.1.1.3
-            "PNG": content.endswith(b"IEND\xaeB\x60\x82"),  # the last chunk with its checksum
-            "WEBP": int.from_bytes(content[4:8], "little") + 8 <= len(content),  # of RIFF
-        }
-        if is_complete.get(image.format or ""):
-            return _facts(image)
-    return None
+    is_complete = {
+        "JPEG": content.endswith(b"\xff\xd9"),  # end of image, ITU-T T.81, B.1.1.3
+        "PNG": content.endswith(b"IEND\xaeB\x60\x82"),  # the last chunk with its checksum
+        "WEBP": int.from_bytes(content[4:8], "little") + 8 <= len(content),  # of RIFF
+    }
+    return Facts(min(image.size), max(image.size), is_animated, is_complete.get(image.format or "", False))
 
 
 def _is_grey_of_16_bits(image: Image.Image, raw_mode: str) -> bool:
@@ -186,17 +188,6 @@ def _fault(image: ImageFile.ImageFile, raw_mode: str) -> str | None:
     return "holds several pages; save the one that is meant"
 
 
-def _eight_bits(image: Image.Image, upright: Image.Image, raw_mode: str) -> Image.Image:
-    """Return the upright image, which was loaded as `image`, with 8 bits a channel."""
-    if not _is_grey_of_16_bits(image, raw_mode):
-        return upright
-    values = np.asarray(upright)  # (H, W), 0 to 65,535
-    grey = (values >> (4 if raw_mode == "I;12" else 8)).astype(np.uint8)
-    if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        grey = 255 - grey
-    return Image.fromarray(grey)
-
-
 def on_white(image: Image.Image) -> Image.Image:
     """Return an image as a viewer shows it: what is transparent lies on white, whatever colour is behind it."""
     if not image.has_transparency_data:
@@ -216,9 +207,7 @@ def thumbnail(image: Image.Image, channels: int) -> bytes:
     return file.getvalue()
 
 
-def cached_pixels(
-    index: ImageIndex, rows: np.ndarray, image_size: int, decoded: Sequence[np.ndarray] | None = None
-) -> np.ndarray:
+def cached_pixels(index: ImageIndex, rows: np.ndarray, image_size: int) -> np.ndarray:
     """Return the images of some rows, decoded and resized, memory-mapped from the cache.
 
     A file of another shape or length than expected (cut off, say) is rebuilt. Two processes may build the
@@ -228,7 +217,6 @@ def cached_pixels(
         index: the data set.
         rows: which images, (N,) indices.
         image_size: side S in pixels.
-        decoded: the data set's images, if somebody has decoded them at this size: (S, S, C) uint8 each.
 
     Returns:
         (N, S, S, C) uint8, read-only; C = `index.channels`.
@@ -237,42 +225,34 @@ def cached_pixels(
         UserError: if an image is broken, or the cache cannot be written.
     """
     shape = (len(rows), image_size, image_size, index.channels)
-    text = f"{FORMAT_VERSION} {decoders()} {index.sha256} {image_size} {index.channels}{resizing_key(index)}"
-    key = hashlib.sha256(text.encode() + rows.astype("<i8").tobytes()).hexdigest()[:32]
-    file = cache_dir() / "pixels" / f"{index.name}-{image_size}px-{key}.npy"
-    pixels = _open_cached(file, shape)
-    if pixels is None:
+    key = hashlib.sha256(f"{pixels_key(index, image_size)} {index.sha256}".encode() + rows.astype("<i8").tobytes())
+    file = cache_dir() / "pixels" / f"{index.name}-{image_size}px-{key.hexdigest()[:32]}.npy"
+    load = partial(np.load, file, mmap_mode="r", allow_pickle=False)  # noqa: TID251 - numbers alone
+    with suppress(Exception):  # there is none, or whatever was in its place: it is not this package's file
+        pixels: np.ndarray = load()
+        if (pixels.shape, pixels.dtype) == (shape, np.uint8):
+            return pixels
+    if file.is_file():
+        _log.warning("%s is damaged; decoding its images again", file)
 
-        def pixels_of(row: int) -> bytes:
-            return to_pixels(index.read(row), image_size, index.channels, index.interpolation, index.resize).tobytes()
+    def pixels_of(row: int) -> bytes:
+        return to_pixels(index.read(row), image_size, index.channels, index.interpolation, index.resize).tobytes()
 
-        _log.info("decoding %d images of %s at %d px", len(rows), index.name, image_size)
-        # Written as a stream: on a full disk a memory map would end the process, write() raises.
-        with new_in_cache(file) as temporary, temporary.open("wb") as handle:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(handle, header)
-            if decoded is None:
-                with _quiet():
-                    handle.writelines(in_threads(pixels_of, rows.tolist()))
-            else:
-                handle.writelines(decoded[row].tobytes() for row in rows.tolist())
-            handle.flush()
-            os.fsync(handle.fileno())
-        pixels = np.load(file, mmap_mode="r", allow_pickle=False)  # noqa: TID251 - numbers alone
-    return pixels
+    _log.info("decoding %d images of %s at %d px", len(rows), index.name, image_size)
+    # Written as a stream: on a full disk a memory map would end the process, write() raises.
+    with new_in_cache(file) as temporary, temporary.open("wb") as handle:
+        np.lib.format.write_array_header_1_0(handle, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        with _quiet():
+            handle.writelines(in_threads(pixels_of, rows.tolist()))
+        handle.flush()
+        os.fsync(handle.fileno())
+    written: np.ndarray = load()
+    return written
 
 
-def _open_cached(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    if not file.is_file():
-        return None
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)  # noqa: TID251 - numbers alone
-    except Exception:  # whatever was in its place, it is not this package's file
-        array = None
-    if array is not None and array.shape == shape and array.dtype == np.uint8:
-        return array
-    _log.warning("%s is damaged; decoding its images again", file)
-    return None
+def pixels_key(index: ImageIndex, image_size: int) -> str:
+    """Return what the pixels of an image depend on beside its content."""
+    return f"{decoders()} {image_size} {index.channels} {index.interpolation} {index.resize}"
 
 
 def split_pixels(
@@ -292,12 +272,6 @@ def split_pixels(
     if divided is None:
         return cached_pixels(index, rows, image_size), np.arange(len(rows), dtype=np.int64)
     return cached_pixels(index, divided, image_size), np.searchsorted(divided, rows).astype(np.int64)
-
-
-def resizing_key(index: ImageIndex) -> str:
-    """Return what names of cached files depend on for how images are resized; there was one way once."""
-    interpolation = None if index.interpolation == "bicubic" else index.interpolation
-    return "".join(f" {part}" for part in (interpolation, index.resize) if part)
 
 
 def to_pixels(

@@ -64,10 +64,10 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
         UserError: if there are too few images, a class gets no training image, per_seed would change nothing, or a file
             of somebody's own is on both sides of the own test split; names field and numbers, or both files.
     """
-    if index.official_test is not None and index.own:
-        refuse_copies_across(index, index.groups, np.where(index.official_test, 2, 0))
-    rng = _generator("split", config.split_seed, seed if config.tests_by_seed else None)
     everything = np.arange(len(index.labels), dtype=np.int64)
+    if index.official_test is not None and index.own:
+        refuse_copies_across(index, index.groups, np.where(index.official_test, 2, 0), everything)
+    rng = _generator("split", config.split_seed, seed if config.tests_by_seed else None)
     if config.folds is None:
         test, rest = _draw_test(index, config, rng)
     else:
@@ -205,20 +205,18 @@ def count_crossing(groups: np.ndarray, marks: np.ndarray) -> tuple[int, tuple[in
     return len(np.unique(group[differs])), (low, high)
 
 
-def refuse_copies_across(
-    index: ImageIndex, groups: np.ndarray, sides: np.ndarray, rows: np.ndarray | None = None
-) -> None:
+def refuse_copies_across(index: ImageIndex, groups: np.ndarray, sides: np.ndarray, rows: np.ndarray) -> None:
     """Raise UserError if equal images are on different sides.
 
     Args:
         index: the data set.
         groups: as in `count_crossing`.
         sides: positions in `SIDES`, (N,).
-        rows: in the data set, (N,); None: these are all of it.
+        rows: in the data set, (N,).
     """
     count, pair = count_crossing(groups, sides)
     if count:
-        a, b = pair if rows is None else rows[list(pair)].tolist()
+        a, b = rows[list(pair)].tolist()
         among = f"; {count} images are on several sides like this one" if count > 1 else ""
         raise UserError(
             f"{index.title(a)} ({SIDES[sides[pair[0]]]}) and {index.title(b)} ({SIDES[sides[pair[1]]]}) are the "

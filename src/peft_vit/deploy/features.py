@@ -21,7 +21,7 @@ from peft_vit.core.training.hooks import RuntimeConfig
 from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.linear_probe import head_inputs
 from peft_vit.data.files import FileTree
-from peft_vit.data.pixels import FORMAT_VERSION, decoders
+from peft_vit.data.pixels import decoders
 from peft_vit.deploy.formats.header import ExportMetadata, FloatArray
 from peft_vit.deploy.measures.check import card_of_random
 from peft_vit.deploy.predicting import BATCH, GivenImage, ImageFile, pixels_of
@@ -100,7 +100,7 @@ def cached_features(
     depends_on = {
         "images": str(tree.location.resolve()),
         "model": embed_images(model, card, [noise])[1].tobytes().hex(),
-        "pixels": f"{FORMAT_VERSION} {decoders()}",
+        "pixels": decoders(),
     }
     images = [ImageFile(tree.location / name, partial(tree.read, name)) for name in names]
     faults: list[UserError] = []

@@ -33,10 +33,10 @@ def score_images(
     Raises:
         UserError: if they have other classes, or no image can be read.
     """
-    card, files = classifier.card, images.files
-    if files.is_test is not None:
-        files = files.without({name for name, test in zip(files.classes, files.is_test, strict=True) if not test})
-    labels, names = _labels_by(card, images, list(files.classes.values())), list(files.classes)
+    card = classifier.card
+    if images.tested:
+        images = images.without(images.classes.keys() - images.tested)
+    labels, names = _labels_by(card, images, list(images.classes.values())), list(images.classes)
     outputs, rows, distances, unreadable = [], [], [], []
     given = [ImageFile(images.tree.location / name, partial(images.tree.read, name)) for name in names]
     for row, (_, computed) in enumerate(outputs_of(classifier, given)):
@@ -76,7 +76,7 @@ def score_images(
 
 def _labels_by(card: ExportMetadata, images: Images, cells: Sequence[str]) -> Labels:
     """Return labels as the model has its outputs: (N,), or (N, classes)."""
-    task, columns = images.files.task, images.files.columns
+    task, columns = images.task, images.columns
     names, labels = task.read(cells, columns)
     places = {name: place for place, name in enumerate(card.class_names)}
     listed = task.one_class or columns == ("label",)  # then a class that no image has is no fault

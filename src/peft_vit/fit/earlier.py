@@ -74,7 +74,6 @@ class EarlierRun:
             (asked.adapter_bytes is not None, "was trained with --adapter-bytes, which --from does not take"),
             (asked.group is not None, "was split with --group, which --from does not keep"),
             (asked.smoke, "was trained with --smoke"),
-            (not images.digests, "is of an earlier version, which did not note the contents of images"),
         )
         for is_so, reason in faults:
             if is_so:
@@ -87,11 +86,11 @@ class EarlierRun:
         Raises:
             UserError: if it asks for others, or its images are of another task or lack a class.
         """
-        files, spec = request.found.files, self.record.spec
-        if files.task is not TASKS[spec.task]:
-            reason = f"learned {spec.task}, and these images have {files.task.name}; {_REMEDY}"
+        found, spec = request.found, self.record.spec
+        if found.task is not TASKS[spec.task]:
+            reason = f"learned {spec.task}, and these images have {found.task.name}; {_REMEDY}"
             raise UserError(reason, file=self.folder, field="--from")
-        if missing := [name for name in self.record.class_names if name not in files.read()[0]]:
+        if missing := [name for name in self.record.class_names if name not in found.read()[0]]:
             reason = f"knows class '{missing[0]}', of which no image is here; add some, or {_REMEDY}"
             raise UserError(reason, file=self.folder, field="--from")
         own = {

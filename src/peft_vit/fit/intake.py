@@ -241,7 +241,7 @@ def pixel_store(request: FitRequest, images: Images) -> PixelStore:
     """
     architecture = architecture_of(named_backbone(request.models[0], request.weights))
     sizes = [] if request.smoke else list(request.image_sizes) or sizes_to_try(architecture)
-    taken = 3 * len(images.files.classes) * sum(size**2 for size in sizes)
+    taken = 3 * len(images.classes) * sum(size**2 for size in sizes)
     return PixelStore(sizes if taken <= _MOST_KEPT else [], interpolation_of(architecture), request.resize or "squash")
 
 
@@ -264,8 +264,8 @@ def take_in(
     Raises:
         UserError: see `inspect_images`.
     """
-    metric = None if request.metric == "auto" else images.files.task.metric(request.metric)
-    least = request.least_of_a_class[0 if images.files.is_test is None else 1]
+    metric = None if request.metric == "auto" else images.task.metric(request.metric)
+    least = request.least_of_a_class[1 if images.tested else 0]
     inspection = inspect_images(images, least=least, strict=request.strict, store=store, on_progress=on_progress)
     split_by = os.path.realpath(images.path), request.split_seed, request.test_images
     folder, earlier = (None, None) if images.together is not None else _earlier_split(request, split_by)

@@ -582,17 +582,17 @@ def check_images(request: FitRequest, emit: Callable[[str], object]) -> None:
 
             existing(str(request.images))
         emit(f"Reading the images in {request.images}.")
-        files = request.found.files
-        names, labels = files.read()
+        found = request.found
+        names, labels = found.read()
         if request.metric != "auto":
-            files.task.metric(request.metric)
+            found.task.metric(request.metric)
         if request.test_images is not None and request.test_images + len(names) > len(labels):
             message = (
                 f"{request.test_images:,} are too many: there are {len(labels):,} images, and others have to train"
             )
             raise UserError(f"{message}; ask for fewer, or add images", field="test_images")
         if request.shots is not None:
-            counts = files.task.counts(labels, len(names))
+            counts = found.task.counts(labels, len(names))
             if request.shots >= counts.min():
                 message = (
                     f"{request.shots:,} are too many: class '{names[counts.argmin()]}' has {counts.min():,} images"

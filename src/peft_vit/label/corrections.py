@@ -51,8 +51,8 @@ class Corrections:
     """
 
     def __init__(self, found: Images) -> None:
-        self.root, self._table = found.tree.location, found.files.file
-        self._at = 0 if found.files.is_test is None else 1  # of the class among a name's folders
+        self.root, self._table = found.tree.location, found.path if found.dataset == "csv" else None
+        self._at = 1 if found.tested else 0  # of the class among a name's folders
         if not self.root.is_dir() or (self._table is not None and self._table.suffix.lower() == ".parquet"):
             raise UserError("can't be changed here; unpack a zip, and write a table as CSV", file=found.path)
 

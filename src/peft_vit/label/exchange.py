@@ -67,12 +67,11 @@ def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str 
         folders = {name.partition("/")[0] for name in images.names if "/" in name}
         return {}, f"No labels were taken: {error}" if tables or len(folders) > 1 else None
     start = Path(os.path.relpath(there.tree.location, images.root))
-    is_test = there.files.is_test
     rows: dict[str, Row] = {}
-    for place, (name, label) in enumerate(there.files.classes.items()):
+    for name, label in there.classes.items():
         labels = label.split("|") if store.task == "multilabel" else [label]
         known = [class_name(text, []) for text in labels] if store.task != "regression" else labels
-        split: Any = "" if is_test is None else "test" if is_test[place] else "train"
+        split: Any = "" if not there.tested else "test" if name in there.tested else "train"
         rows[PurePosixPath(start, name).as_posix()] = Row(tuple(known), split)
     return rows, there.path.name if there.dataset == "csv" else None
 

@@ -26,7 +26,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.files import make_folder, read_bytes
 from peft_vit.core.config import DEFAULT_MODEL, BackboneConfig
 from peft_vit.data.files import cache_fault, in_threads
-from peft_vit.data.pixels import FORMAT_VERSION, decode_image, decoders, to_pixels
+from peft_vit.data.pixels import decode_image, decoders, to_pixels
 from peft_vit.label.images import SMALL, ImageFolder
 from peft_vit.runs.this_machine.cache import cache_file
 
@@ -80,14 +80,8 @@ class FolderFeatures:
     def __init__(self, images: ImageFolder, model: Path | None = None) -> None:
         self._images = images
         trained = "" if model is None else str(model.resolve())
-        depends_on = {
-            "folder": str(images.root),
-            "model": trained or DEFAULT_MODEL,
-            "image_size": _SIZE,
-            "pixels": FORMAT_VERSION,
-            "pillow": decoders(),
-        }
-        self._place = cache_file("labelling", depends_on, "npy")
+        depends_on = {"folder": str(images.root), "model": trained or DEFAULT_MODEL, "image_size": _SIZE}
+        self._place = cache_file("labelling", {**depends_on, "pixels": decoders()}, "npy")
         self._errors = tempfile.TemporaryFile("w+", encoding="locale")  # noqa: SIM115 - as long as the process
         command = [sys.executable, "-m", __name__, str(images.root), str(self._place), str(os.getpid()), trained]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=self._errors)

@@ -32,7 +32,7 @@ from peft_vit.core.training import (
     loss_weights,
 )
 from peft_vit.core.training.images import Data, LabelledImages
-from peft_vit.data.pixels import FORMAT_VERSION, decoders
+from peft_vit.data.pixels import decoders
 from peft_vit.runs.measures.held_out import PRIOR
 from peft_vit.runs.this_machine.cache import cache_file, cached_rows
 from peft_vit.runs.this_machine.machine import instruction_limits
@@ -150,8 +150,7 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | N
         "transformers": provenance.packages.get("transformers"),
         "data": provenance.data_sha256,
         **spec.data.model_dump(mode="json", include={"image_size", "interpolation", "resize"}),
-        "pixels": FORMAT_VERSION,
-        "pillow": decoders(),
+        "pixels": decoders(),
         "precision": spec.precision,
         "integer_bits": provenance.integer_bits,
         "device": provenance.device,

@@ -1,6 +1,10 @@
-"""Each image has draws of its own, which follow from seed, epoch and image alone; batches are mixed at last."""
+"""Batches: normalised values and their order, and a test split that opens once.
 
-import hashlib
+Each image has draws of its own, which follow from seed, epoch and image alone; batches are mixed at last.
+"""
+
+import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -10,9 +14,9 @@ from torchvision.transforms import v2
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.seeding import numpy_generator, torch_generator
-from peft_vit.core.config import AUGMENTATION_OF_FLIPS, Augmentation
+from peft_vit.core.config import Augmentation
 from peft_vit.core.tasks import CLASSIFICATION, MULTILABEL, REGRESSION
-from peft_vit.core.training.images import LabelledImages, check_augmentation, mixed
+from peft_vit.core.training.images import HoldoutImages, LabelledImages, check_augmentation, mixed
 
 pytestmark = pytest.mark.part("runner")
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -54,30 +58,58 @@ def equal(first, second) -> list[bool]:
     return [np.array_equal(first[label], second[label]) for label in sorted(first)]
 
 
-@pytest.mark.parametrize(
-    ("shape", "flips", "expected"),
-    [
-        ((21, 16, 16, 3), "none", "2ea9af2b9a7856d7"),
-        ((21, 16, 16, 3), "horizontal", "42117fc0f9ac94fb"),
-        ((21, 16, 16, 3), "both", "9f94e99652b7f964"),
-        ((50, 8, 8, 1), "horizontal", "751097a0a84d3c45"),
-    ],
-)
-def test_flips_are_to_the_bit_those_of_before_there_was_anything_else(shape, flips, expected) -> None:
-    """The hashes were taken of the batches of the version that knew `data.flips` alone."""
-    rng = np.random.default_rng(5)
-    if shape[0] == 50:
-        rng.integers(0, 256, (21, 16, 16, 3), dtype=np.uint8)
-    images = LabelledImages(rng.integers(0, 256, shape, dtype=np.uint8), (np.arange(shape[0]) % 5).astype(np.int64))
-    digest = hashlib.sha256()
-    for seed in (0, 7):
-        for epoch in (1, 2):
-            for batch, labels in images.shuffled_batches(
-                8, MEAN, STD, augmentation=AUGMENTATION_OF_FLIPS[flips], seed=seed, epoch=epoch
-            ):
-                digest.update(batch.numpy().tobytes())
-                digest.update(labels.numpy().tobytes())
-    assert digest.hexdigest()[:16] == expected
+def gathered(batches):
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ordered_batches_are_normalised_as_by_torchvision(channels) -> None:
+    images = images_of(21, channels)
+    batches = list(images.ordered_batches(8, MEAN, STD))
+    assert [len(labels) for _, labels in batches] == [8, 8, 5]
+    got, labels = gathered(batches)
+    assert (got.dtype, labels.dtype, got.shape) == (torch.float32, torch.int64, (21, 3, 16, 16))
+    assert batches[0][0].is_contiguous()
+    assert labels.tolist() == list(range(21))
+    coloured = torch.from_numpy(images.pixels).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)  # (N, 3, S, S)
+    expected = v2.functional.normalize(coloured / 255, list(MEAN), list(STD))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_shuffled_batches_visit_every_image_once_in_the_stated_order() -> None:
+    images = images_of(21)
+    got, labels = gathered(images.shuffled_batches(8, MEAN, STD, augmentation=(), seed=0, epoch=1))
+    stated = torch.randperm(21, generator=torch_generator(0, "data_order", 1))
+    assert labels.tolist() == images.order(0, 1).tolist() == stated.tolist()
+    assert sorted(labels.tolist()) == list(range(21))
+    ordered, _ = gathered(images.ordered_batches(8, MEAN, STD))
+    assert torch.equal(got, ordered[labels])
+    orders = {(seed, epoch): tuple(images.order(seed, epoch)) for seed in (0, 1) for epoch in (1, 2)}
+    assert len(set(orders.values())) == 4
+
+
+def holdout() -> HoldoutImages:
+    return HoldoutImages(images_of(3), np.array([1, 0, 2, 0]))
+
+
+def test_holdout_opens_once_and_tells_size_and_class_counts_before_and_after() -> None:
+    test = holdout()
+    test.class_counts()[:] = 0  # a copy: nothing is changed
+    assert (len(test), test.class_counts().tolist()) == (3, [1, 0, 2, 0])
+    assert len(test.open()) == 3
+    assert (len(test), test.class_counts().tolist()) == (3, [1, 0, 2, 0])
+    with pytest.raises(RuntimeError, match="opened before"):
+        test.open()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_holdout_cannot_be_copied(duplicate) -> None:
+    with pytest.raises(TypeError, match="cannot be copied"):
+        duplicate(holdout())
+
+
+# --- augmentation -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -200,20 +232,8 @@ def test_batches_are_mixed_as_by_timm(names, monkeypatch) -> None:
     assert seen == set(names)
 
 
-def test_mixing_follows_from_seed_and_step_and_leaves_the_middle_image() -> None:
-    images, labels = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(5)
-    augmentation = made("mixup")
-
-    def do(seed=0, step=1):
-        return mixed(images, labels, augmentation, task=CLASSIFICATION, width=5, seed=seed, step=step)
-
-    first = do()
-    np.random.seed(0)
-    assert all(torch.equal(a, b) for a, b in zip(first, do(), strict=True))
-    assert not torch.equal(do(step=2)[0], first[0])
-    assert not torch.equal(do(seed=1)[0], first[0])
-    torch.testing.assert_close(first[0][2], images[2])
-    assert first[1][2].tolist() == pytest.approx([0, 0, 1, 0, 0])
+def test_without_mixing_a_batch_stays_as_it_is() -> None:
+    images, labels = torch.randn(5, 3, 8, 8), torch.arange(5)
     assert mixed(images, labels, made("flip"), task=CLASSIFICATION, width=5, seed=0, step=1) == (images, labels)
 
 

@@ -1,5 +1,6 @@
 """The same image, or nearly the same, where it should not be: refused, kept on one side, or told."""
 
+import io
 import os
 import shutil
 from functools import cache
@@ -15,14 +16,23 @@ from written_images import save, zip_of
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import DataConfig
-from peft_vit.data import image_warnings, load_data, make_splits, open_index
+from peft_vit.data import ImagesFile, image_warnings, images_file, inspect_images, load_data, make_splits, open_index
 from peft_vit.data.inspection import duplicates
+from peft_vit.data.inspection.copies import compared_thumbnail, copy_pairs
+from peft_vit.data.inspection.inspect import links_of_one_label
+from peft_vit.data.pixels import decode_image, to_pixels
+from peft_vit.data.sources.folders import find_images
 from peft_vit.data.sources.packaged import read_idx
 from peft_vit.data.splits import count_crossing
+from peft_vit.label.exchange import adopt
+from peft_vit.label.images import ImageFolder
+from peft_vit.label.labels import LabelStore
+
+SIDE = 96
 
 
 @cache
-def textured(seed, side=96):
+def textured(seed, side=SIDE):
     """Return a photograph's like: blobs of all sizes, (side, side, 3)."""
     rng = np.random.default_rng(seed)
     layers = []
@@ -120,14 +130,6 @@ def test_too_few_different_images_for_a_split(tmp_path):
         load_data(few.model_copy(update={"test_images": 5}), 0)
     with pytest.raises(UserError, match=r"^data\.train_images: 2 .* are too many: 0 of 30 remain"):
         load_data(few.model_copy(update={"validation_images": 2}), 0)
-
-
-def test_without_copies_splits_are_what_they_were(pool):
-    """The hash comes from the version before files were compared."""
-    config = config_of("image-folder", pool, test_images=8, validation_images=6, train_images=10)
-    assert make_splits(open_index(config), config, 0).sha256 == (
-        "198ce0f15e8535f2f05eb62e0f838d44529850849b4a4f75e9128155a0c57c3e"
-    )
 
 
 def test_digits_are_split_as_ever_and_nothing_is_said_of_them():
@@ -271,3 +273,130 @@ def test_crossing_by_hand():
     assert count_crossing(np.array([5, 1, 5, 1, 2]), np.array([0, 1, 2, 1, 0])) == (1, (0, 2))
     assert count_crossing(np.array([1, 2, 3]), np.array([0, 1, 2])) == (0, (0, 0))
     assert count_crossing(np.array([7, 7, 7, 3, 3]), np.array([0, 1, 2, 0, 1]))[0] == 2
+
+
+# --- crops, mirrored images, frames ---------------------------------------------------------------------------------
+
+
+def texture(seed):
+    return Image.fromarray(textured(seed))
+
+
+def cropped(picture: Image.Image) -> Image.Image:
+    return picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(2, 6, 2 + 0.9 * SIDE, 6 + 0.9 * SIDE))
+
+
+def mirrored(picture: Image.Image) -> Image.Image:
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def saved_again(picture: Image.Image) -> Image.Image:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=50)
+    return decode_image(file.getvalue, "again.jpg")
+
+
+def turned(picture: Image.Image) -> Image.Image:
+    """Return the next frame of a film."""
+    return picture.rotate(3, Image.Resampling.BICUBIC, translate=(2, 1), fillcolor=(128, 128, 128))
+
+
+@pytest.mark.parametrize("made", [cropped, mirrored, saved_again, turned])
+def test_copies_are_found_and_nothing_else(made) -> None:
+    pictures = [texture(seed) for seed in range(30)]
+    every = [*pictures, *map(made, pictures[:10])]
+    thumbnails = np.stack([compared_thumbnail(to_pixels(picture, 64, 3)) for picture in every])
+    found, planted = {*map(tuple, copy_pairs(thumbnails).tolist())}, {(k, 30 + k) for k in range(10)}
+    assert found <= planted
+    assert len(found) >= 9
+
+
+def write_classes(folder, count=12):
+    for name, start in (("a", 0), ("b", 100)):
+        (folder / name).mkdir(parents=True)
+        for k in range(count):
+            texture(start + k).save(folder / name / f"{k:02}.png")
+
+
+def test_copies_of_one_label_stay_together_and_of_a_test_split_one_counts(tmp_path) -> None:
+    write_classes(tmp_path / "all")
+    cropped(texture(0)).save(tmp_path / "all/a/crop.png")
+    mirrored(texture(100)).save(tmp_path / "all/a/other_label.png")
+    found = inspect_images(tmp_path / "all")
+    group = dict(zip(found.names, found.groups.tolist(), strict=True))
+    assert group["a/crop.png"] == group["a/00.png"]
+    assert group["a/other_label.png"] != group["b/00.png"]
+    for split in ("train", "test"):
+        write_classes(tmp_path / "split" / split, 12 if split == "train" else 2)
+    for name, start in (("a", 200), ("b", 300)):
+        for k in range(3):
+            texture(start + k).save(tmp_path / f"split/test/{name}/new{k}.png")
+    turned(texture(200)).save(tmp_path / "split/test/a/new_frame.png")
+    left_out = inspect_images(tmp_path / "split").left_out
+    assert left_out["train/a/00.png"] == "a copy of test/a/00.png, of the test split"
+    assert left_out["test/a/new_frame.png"].startswith("a copy of test/a/new0.png")
+
+
+def test_pairs_that_have_two_labels_as_often_as_chance_gives_are_no_copies() -> None:
+    labels = np.arange(400) % 4
+    rng = np.random.default_rng(0)
+    copies = np.stack([np.arange(0, 200), np.arange(200, 400)], 1)  # 200 is a multiple of 4: of one label all
+    np.testing.assert_array_equal(links_of_one_label(copies, labels), copies)
+    one_wrong = np.concatenate([copies, [[0, 1]]])
+    np.testing.assert_array_equal(links_of_one_label(one_wrong, labels), copies)
+    by_chance = rng.integers(0, 400, (200, 2))
+    assert len(links_of_one_label(by_chance, labels)) == 0
+    mixed = np.concatenate([copies, by_chance[:10]])  # 5 % by chance, some of them of one label
+    assert {tuple(pair) for pair in copies} <= {tuple(pair) for pair in links_of_one_label(mixed, labels)}
+
+
+def test_two_films_that_are_alike_have_more_pairs_than_each_and_do_not_outvote_the_others() -> None:
+    film = np.arange(320) // 8
+    first, second = np.triu_indices(320, 1)
+    in_one = film[first] == film[second]
+    alike = (film[first] // 2 == film[second] // 2) & (film[first] < 4) & ~in_one  # films 0 and 1, 2 and 3
+    pairs = np.stack([first, second], 1)
+    found = links_of_one_label(pairs[in_one | alike], film % 4)
+    np.testing.assert_array_equal(found, pairs[in_one])
+
+
+def test_films_that_leave_too_few_of_a_class_are_told_and_not_joined(tmp_path) -> None:
+    write_classes(tmp_path, 2)
+    for name, start in (("a", 0), ("b", 100)):
+        for k in range(2):
+            picture = texture(start + k)
+            for frame in range(6):
+                picture.rotate(2 * frame, Image.Resampling.BICUBIC).save(tmp_path / name / f"{k}-{frame}.png")
+    found = inspect_images(tmp_path)
+    assert found.unlinked > 5
+    assert sum("--group" in line for line in found.lines()) == 1
+
+
+def test_groups_of_mixed_classes_leave_no_class_out_of_the_test(tmp_path) -> None:
+    rows = ["path,label,film"]
+    rng = np.random.default_rng(0)
+    for film in range(20):
+        for k, label in enumerate("aab" if film < 4 else "aac"):
+            Image.fromarray(rng.integers(0, 255, (20, 20), np.uint8)).save(tmp_path / f"{film}-{k}.png")
+            rows.append(f"{film}-{k}.png,{label},{film}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
+    found = inspect_images(find_images(tmp_path / "labels.csv", group="film"), least=2)
+    label = dict(zip(found.names, found.labels.tolist(), strict=True))
+    for seed in range(8):
+        sealed = ImagesFile.model_validate(images_file(found, seed), strict=False).sealed
+        assert {label[name] for name in sealed} == {0, 1, 2}
+
+
+def test_labels_fifth_keeps_copies_on_one_side(tmp_path) -> None:
+    write_classes(tmp_path)
+    for name, start in (("a", 0), ("b", 100)):
+        for k in range(12):
+            turned(texture(start + k)).save(tmp_path / name / f"{k:02}-next.png")
+    images = ImageFolder(tmp_path)
+    store = LabelStore(images.root)
+    adopt(store, images, ignore_folders=False)
+    splits = {name: row.split for name, row in store.rows.items()}
+    for name, split in splits.items():
+        if "-next" in name:
+            assert splits[name.replace("-next", "")] == split
+    assert set(splits.values()) == {"train", "test"}

@@ -1,5 +1,6 @@
-"""Readers of image files with labels: Tiny ImageNet, class folders, CSV."""
+"""Readers of image files with labels: class folders, CSV."""
 
+import hashlib
 import io
 import os
 import shutil
@@ -9,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from written_images import save
+from written_images import save, zip_of
 
 from peft_vit.base.errors import UserError
-from peft_vit.data import open_index
+from peft_vit.data import find_images, open_index
 from peft_vit.data.files import files_below
 
 
@@ -70,32 +71,21 @@ def test_hash_follows_names_and_contents_but_not_the_place(folder, config, tmp_p
     assert len({before, renamed, changed}) == 3
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    root = tmp_path / "tiny-imagenet-200"
-    for k, wordnet_id in enumerate(["n01443537", "n01629819"]):
-        paint(root / "train" / wordnet_id / "images" / f"{wordnet_id}_0.JPEG", (100 * k, 0, 0), quality=100)
-        (root / "train" / wordnet_id / f"{wordnet_id}_boxes.txt").write_text(f"{wordnet_id}_0.JPEG\t0\t0\t62\t62\n")
-        paint(root / "val" / "images" / f"val_{k}.JPEG", (0, 0, 100 * k), quality=100)
-    paint(root / "test" / "images" / "test_0.JPEG")
-    (root / "val" / "val_annotations.txt").write_text(
-        "val_0.JPEG\tn01629819\t0\t32\t44\t62\nval_1.JPEG\tn01443537\t52\t55\t57\t59\n"
-    )
-    (root / "words.txt").write_text(
-        "n01443537\tgoldfish, Carassius auratus\nn01629819\tEuropean fire salamander\nn09999999\tsomething else\n"
-    )
-    return root
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_tiny_imagenet(tiny, config, zipped):
-    path = shutil.make_archive(str(tiny), "zip", tiny.parent, tiny.name) if zipped else tiny
-    index = open_index(config("tiny-imagenet", path))
-    assert index.class_names == ("n01443537 goldfish", "n01629819 European fire salamander")
-    assert index.labels.tolist() == [0, 1, 1, 0]  # by the annotations, not by the order of names
-    assert index.official_test.tolist() == [False, False, True, True]
-    assert np.asarray(index.read(1))[5, 5, 0] == pytest.approx(100, abs=2)
-    assert np.asarray(index.read(3))[5, 5, 2] == pytest.approx(100, abs=2)
+def test_deeper_class_folders_are_hashed_by_their_names_from_the_top(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "top" / "a" / "deep")
+    (tmp_path / "top" / "cat").mkdir()
+    shutil.copy(folder / "cat/b.bmp", tmp_path / "top" / "cat" / "notes.txt")
+    found = find_images(tmp_path / "top")
+    names = ["cat/a.png", "cat/b.bmp", "dog/a.webp", "dog/c.PNG"]
+    each = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    lines = "".join(f"a/deep/{name}\0{mark}\n" for name, mark in each.items())
+    assert list(found.classes) == names
+    assert found.tree.hashed(names) == (hashlib.sha256(lines.encode()).hexdigest(), each)
+    (tmp_path / "top" / "cat" / "notes.txt").rename(tmp_path / "top" / "notes.txt")
+    shutil.copy(folder / "cat/b.bmp", tmp_path / "top" / "a" / "deep" / "notes.txt")  # a name in both, packed
+    packed = find_images(zip_of(tmp_path / "top"))
+    assert list(packed.classes) == names
+    assert packed.tree.read("cat/b.bmp") == (folder / "cat/b.bmp").read_bytes()
 
 
 def write_csv(folder, text):
@@ -156,11 +146,6 @@ def test_the_hash_of_a_table_is_that_of_what_is_used_of_it(folder, config):
     before = hashed(table)
     paint(folder / "cat/a.png", (8, 8, 8))
     assert hashed(table) != before
-
-
-def test_an_empty_column_of_splits_is_none(folder, config):
-    for text in ("path,label,split\ncat/a.png,x,\ndog/a.webp,y,\n", "path;label;split\ncat/a.png;x;\ndog/a.webp;y;\n"):
-        assert open_index(config("csv", write_csv(folder, text))).official_test is None
 
 
 def test_folders_above_may_have_any_name(folder, config, monkeypatch):

@@ -123,7 +123,7 @@ def test_a_single_parquet_file_is_read_anew_if_it_has_changed(hf, tmp_path, monk
     assert before.official_test is None
     assert [level(before, i) for i in range(4)] == [0, 1, 2, 3]
     with monkeypatch.context() as patch:
-        patch.setattr("peft_vit.data.sources.hf._digests", lambda *_: pytest.fail("hashed again"))
+        patch.setattr("peft_vit.data.sources.hf._stored", lambda *_: pytest.fail("hashed again"))
         assert hf(file).sha256 == before.sha256
     labelled(4, 9).to_parquet(str(file))
     os.utime(file, (1, 1))
@@ -283,14 +283,6 @@ def test_test_images_without_labels_give_way_to_validation_and_that_is_told(conf
     assert image_warnings(index, make_splits(index, configured, 0), 14) == (f"Images: {UNLABELLED}",)
     without_column = hf(saved(tmp_path / "other", {"test": rows(4, 90), "train": labelled(12)}))
     assert (without_column.official_test, without_column.notes) == (None, (UNLABELLED,))
-
-
-def test_an_image_on_both_sides_of_its_own_split_is_told(config, tmp_path):
-    made = {"train": labelled(12), "test": labelled(4, 10)}
-    configured = config("hf", saved(tmp_path, made))
-    (said,) = load_data(configured, 0).warnings
-    assert said.startswith("Images: 2 images are in two splits, such as train[10] (")
-    assert said.endswith(") and test[0] (test); the splits stay as they are")
 
 
 # --- files of others ------------------------------------------------------------------------------------------------

@@ -137,10 +137,10 @@ def test_lists_of_names_and_numbers_are_labels_of_their_tasks() -> None:
     rows = [{"image": Image.fromarray(pixels), "label": own} for pixels, own in zip(PIXELS, LISTED, strict=True)]
     inner = datasets.List(datasets.ClassLabel(names=["no", "yes"]))
     features = datasets.Features({"image": datasets.Image(), "label": inner})
-    files = find_images(write_table(datasets.Dataset.from_list(rows, features=features), of_classes=False)[0]).files
+    files = find_images(write_table(datasets.Dataset.from_list(rows, features=features), of_classes=False)[0])
     assert (files.task.name, files.read()[0]) == ("multilabel", ("no", "yes"))
     assert files.read()[1].tolist() == [[1, 1], [0, 1], [0, 0], [1, 0]]
-    numbers = find_images(write_table(PIXELS, [0.5, 1, 2, 0.25], of_classes=False)[0]).files
+    numbers = find_images(write_table(PIXELS, [0.5, 1, 2, 0.25], of_classes=False)[0])
     assert (numbers.task.name, numbers.read()[1].tolist()) == ("regression", [[0.5], [1], [2], [0.25]])
     with pytest.raises(UserError, match="labels: 1 in a list is not the name of a class; of several numbers give"):
         write_table(PIXELS, [[1, 2]] * 4, of_classes=False)
@@ -153,11 +153,11 @@ def test_lists_of_names_and_numbers_are_labels_of_their_tasks() -> None:
         (PIXELS, [1, 2], r"inconsistent numbers of samples: \[4, 2\]"),
         (PIXELS, [0.1, 0.2, 0.3, 0.4], "Unknown label type: continuous"),
         (PIXELS, np.eye(4), "y should be a 1d array"),
-        (PIXELS, None, "labels: are missing; give one for each image"),
+        (PIXELS, None, "labels: are missing, the first at 0; give one for each image"),
         (PIXELS, ["a", "b", "", "a"], "labels: '' is empty"),
         (PIXELS, ["a", " b", "a", "a"], "labels: ' b' is empty, or begins or ends with a space"),
         ([], None, "images: are none"),
-        (PIXELS, np.array(["a", float("nan"), "b", None], dtype=object), "labels: 2 of 4 are missing, the first at 1"),
+        (PIXELS, np.array(["a", float("nan"), "b", None], dtype=object), "labels: are missing, the first at 1"),
     ],
 )
 def test_labels_that_are_none_are_refused(images, labels, said) -> None:

@@ -64,7 +64,7 @@ def test_parquet_may_hold_lists(table, tmp_path) -> None:
     table("a", "1")
     columns = {"path": FILES, "label": [["cat", "dog"], [], ["dog"]] * 4}
     parquet.write_table(pa.table(columns), tmp_path / "images.parquet")
-    files = find_images(tmp_path / "images.parquet").files
+    files = find_images(tmp_path / "images.parquet")
     names, labels = files.read()
     assert (files.task.name, names, labels[:3].tolist()) == ("multilabel", ("cat", "dog"), [[1, 1], [0, 0], [0, 1]])
 

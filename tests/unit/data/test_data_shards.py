@@ -118,7 +118,7 @@ def test_several_labels_and_braces(cache, tmp_path) -> None:
             tmp_path / f"s-{at:03}.tar", samples(at, 4, ".json", lambda k: json.dumps({"label": ["a", "b"][: k % 3]}))
         )
     images = find_images(existing(f"{tmp_path}/s-{{008..009}}.tar"), "multilabel")
-    assert (images.files.task, len(images.files.classes)) == (TASKS["multilabel"], 8)
+    assert (images.task, len(images.classes)) == (TASKS["multilabel"], 8)
     assert expanded_braces("{a,b}-{08..10}") == ["a-08", "a-09", "a-10", "b-08", "b-09", "b-10"]
 
 

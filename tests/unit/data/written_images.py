@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
-import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -105,23 +103,6 @@ def tiff_of(
         entries += struct.pack(f"{order}HHI", tag, 4, len(of)) + packed
     head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, len(values))
     return head + entries + bytes(4) + beside + content
-
-
-def member(name: str, **fields: Any) -> tarfile.TarInfo:
-    """Return a member of a tar with some of its fields set."""
-    info = tarfile.TarInfo(name)
-    for field, value in fields.items():
-        setattr(info, field, value)
-    return info
-
-
-def tar_gz(file: Path | str, members: Iterable[tuple[tarfile.TarInfo, bytes]]) -> Path:
-    """Write a tar.gz."""
-    with tarfile.open(file, "w:gz", format=tarfile.PAX_FORMAT) as archive:
-        for info, content in members:
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return Path(file)
 
 
 def record_of(config: DataConfig, data_sha256: str) -> Any:

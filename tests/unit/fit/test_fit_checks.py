@@ -32,10 +32,10 @@ def test_the_digits_are_images_by_name_where_no_file_is_called_so(tmp_path, monk
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     found = TrainRequest.of(images="digits").found
-    assert (found.path, len(found.files.classes)) == (tmp_path / "cache" / "digits", 1797)
-    assert found.files.classes["7/0007.png"] == "7"
+    assert (found.path, len(found.classes)) == (tmp_path / "cache" / "digits", 1797)
+    assert found.classes["7/0007.png"] == "7"
     assert Image.open(found.path / "7" / "0007.png").getextrema() == (0, 255)
     for name in "ab":
         (tmp_path / "digits" / name).mkdir(parents=True)
         (tmp_path / "digits" / name / "1.png").touch()
-    assert list(TrainRequest.of(images="digits").found.files.classes) == ["a/1.png", "b/1.png"]
+    assert list(TrainRequest.of(images="digits").found.classes) == ["a/1.png", "b/1.png"]

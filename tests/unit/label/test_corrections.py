@@ -54,7 +54,7 @@ def test_a_file_moves_to_its_class_and_back_and_replaces_none(folders) -> None:
     assert sorted(moved.values()) == sorted(before.values())
     (line,) = map(json.loads, (folders / CORRECTIONS_FILE).read_text().splitlines())
     assert (line["sha256"], line["before"], line["after"]) == (before["a/d000.png"], "a", "b")
-    assert find_images(folders).files.classes["b/d000-2.png"] == "b"  # and the file of answers is no image of it
+    assert find_images(folders).classes["b/d000-2.png"] == "b"  # and the file of answers is no image of it
     corrections.undo()
     assert contents(folders) == before
     assert len((folders / CORRECTIONS_FILE).read_text().splitlines()) == 2
@@ -64,11 +64,11 @@ def test_a_row_changes_and_every_other_byte_stays(table) -> None:
     corrections = Corrections(find_images(table))
     corrections.record("d000.png", "a", "b", is_test=True)
     assert table.read_bytes().decode() == TABLE.replace('"./d000.png";a;test;"x;\ry"', './d000.png;b;test;"x;\ry"')
-    assert find_images(table).files.classes["d000.png"] == "b"
+    assert find_images(table).classes["d000.png"] == "b"
     corrections.record("d002.png", "b", "b", is_test=False)  # confirmed
     assert corrections.undo().after == "b"
     assert corrections.undo().after == "a"
-    assert find_images(table).files.classes["d000.png"] == "a"
+    assert find_images(table).classes["d000.png"] == "a"
     with pytest.raises(UserError, match="nothing to undo"):
         corrections.undo()
 
@@ -87,7 +87,7 @@ def test_undo_finds_a_renamed_image_by_content(kind, request) -> None:
         place.write_text(place.read_text().replace("d001.png", "other.png"))
         expected = "other.png"
     Corrections(find_images(place)).undo()
-    assert find_images(place).files.classes[expected] == "a"
+    assert find_images(place).classes[expected] == "a"
 
 
 @pytest.mark.parametrize("what", ["gone", "moved by hand"])

@@ -89,10 +89,10 @@ def test_folders_are_made_that_train_reads(tmp_path) -> None:
     rows = {name: Row((("cat", "dog")[i % 2],), split[i]) for i, name in enumerate(images.names)}
     store.change({**rows, images.names[5]: Row((), "unsure")}, {})
     assert to_folders(store, images, output) == 5
-    found = find_images(output).files  # as `train` does
+    found = find_images(output)  # as `train` does
     made = {f"{rows[name].split}/{rows[name].labels[0]}/{name}": name for name in images.names[:5]}
     assert found.classes == {name: name.split("/")[1] for name in sorted(made)}
-    assert found.is_test == [name.startswith("test/") for name in sorted(made)]
+    assert found.tested == {name for name in made if name.startswith("test/")}
     assert all((output / name).read_bytes() == (images_at / image).read_bytes() for name, image in made.items())
     with pytest.raises(UserError, match="among your images"):
         to_folders(store, images, images_at / "out")

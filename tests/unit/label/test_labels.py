@@ -33,8 +33,8 @@ def test_the_file_is_what_train_reads_and_a_spreadsheet_does_not_compute(tmp_pat
     for name in store.rows:
         (tmp_path / name).touch()
     found = find_images(tmp_path / "labels.csv")
-    assert found.files.classes == {"=cmd.png": "cat", "a,b.png": "dog"}
-    assert found.files.is_test == [False, True]
+    assert found.classes == {"=cmd.png": "cat", "a,b.png": "dog"}
+    assert found.tested == {"a,b.png"}
     assert found.left_out == {"c.png": "is marked unsure"}
 
 

@@ -100,7 +100,8 @@ def test_the_whole_page(tmp_path: Path) -> None:
         label_probability=[0.3, 0.9, 0.1, 0.2, 0.9],  # the second time c is right
     )
     record = record_of(warnings=["Images: 2 files are left out as copies"], on_folds=on_folds)
-    content = {"sha256": 64 * "0", "left_out": {}, "copies": [["b.jpg", "d.jpg"], ["z.jpg", "c.jpg"]], "sealed": []}
+    content = {"sha256": 64 * "0", "left_out": {}, "digests": {}, "labels": [], "trained": [], "sealed": []}
+    content["copies"] = [["b.jpg", "d.jpg"], ["z.jpg", "c.jpg"]]
     content["digests"] = dict.fromkeys(("a.jpg", "b.jpg", "c.jpg", "d.jpg", "z.jpg"), 16 * "0")
     (tmp_path / "images.json").write_text(json.dumps(content))
     data = record.spec.data.model_copy(update={"images_file": str(tmp_path / "images.json")})

@@ -35,7 +35,9 @@ def copy_pairs(thumbnails: NDArray[np.float16]) -> NDArray[np.int64]:
     """
     count, grey = len(thumbnails), thumbnails.mean(3, dtype=np.float32)  # (N, 32, 32)
     colors = thumbnails.mean((1, 2), dtype=np.float32) - grey.mean((1, 2))[:, None]  # (N, 3)
-    blurred = _normalised(_blur(grey, 2.0)[:, ::2, ::2].reshape(count, -1))  # (N, 256)
+    blurred = _blur(grey, 2.0)[:, ::2, ::2].reshape(count, -1)  # (N, 256)
+    blurred = blurred - blurred.mean(1, keepdims=True)
+    blurred = blurred / np.maximum(np.linalg.norm(blurred, axis=1, keepdims=True), 1e-6)
     detailed = np.concatenate([_is_detailed(grey[start : start + _BLOCK]) for start in range(0, count, _BLOCK)])
     found = [np.empty((0, 2), np.int64)]
     for is_mirrored in (False, True):
@@ -203,9 +205,3 @@ def _is_detailed(images: Floats) -> NDArray[np.bool_]:
     lines = fine.mean(1, keepdims=True) + fine.mean(2, keepdims=True)
     detailed: NDArray[np.bool_] = (fine - lines).std((1, 2)) >= _LEAST_DETAIL
     return detailed
-
-
-def _normalised(rows: Floats) -> Floats:
-    rows = rows - rows.mean(1, keepdims=True)
-    normalised: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
-    return normalised

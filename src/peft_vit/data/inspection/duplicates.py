@@ -29,7 +29,7 @@ from peft_vit.base.errors import DataWarning
 from peft_vit.data.files import remembered
 from peft_vit.data.index import ImageIndex
 from peft_vit.data.inspection.copies import groups_of
-from peft_vit.data.pixels import FORMAT_VERSION, decoders, resizing_key, split_pixels
+from peft_vit.data.pixels import pixels_key, split_pixels
 from peft_vit.data.splits import SIDES, Splits, class_gaps, count_crossing, refuse_copies_across
 
 VERSION = 6  # raise when what counts as equal or nearly equal changes
@@ -91,7 +91,7 @@ def _of_copies(index: ImageIndex, splits: Splits, image_size: int) -> Iterator[s
     group_of[index.groups[rows]] = equal
     groups = group_of[index.groups]  # a file in no split is not decoded, but may be a copy of one that is
     known = np.flatnonzero(groups >= 0)
-    count, pair = count_crossing(groups[known], index.marks[known])
+    count, pair = count_crossing(groups[known], index.task.label_ids(index.labels)[known])
     if count:
         a, b = (f"{index.title(i)} ('{index.label(i)}')" for i in known[list(pair)].tolist())
         yield f"{count} images are of two classes, such as {a} and {b}; one of the labels is wrong"
@@ -116,12 +116,10 @@ def _compared(index: ImageIndex, splits: Splits, rows: np.ndarray, image_size: i
         thumbnails = np.concatenate([grey_thumbnails(pixels, places) for pixels, places in parts])  # (N, 256)
         return {"copies": equal, "groups": near_groups(thumbnails, start=len(splits.train))}
 
-    pixels = f"{decoders()} {image_size} {index.channels}{resizing_key(index)}"
-
     def read(saved: dict[str, Any]) -> np.ndarray:
         return np.array([saved["copies"], saved["groups"]], dtype=np.int64).reshape(2, len(rows))
 
-    key = f"{VERSION} {FORMAT_VERSION} {pixels} {index.name} {index.sha256} {splits.sha256}"
+    key = f"{VERSION} {pixels_key(index, image_size)} {index.name} {index.sha256} {splits.sha256}"
     return remembered("duplicates", key, compute, read)
 
 

@@ -65,7 +65,7 @@ def images_file(
     content = ImagesFile(
         sha256=hashed.sha256,
         digests={name: hashed.each[name][:DIGEST_LETTERS] for name in names[used]},
-        labels=tuple(inspection.images.files.classes[name] for name in names[used]),
+        labels=tuple(inspection.images.classes[name] for name in names[used]),
         left_out=left_out,
         copies=tuple(tuple(names[used][some]) for some in several(inspection.together[used])),
         sealed=() if holdout is None else tuple(names[holdout].tolist()),

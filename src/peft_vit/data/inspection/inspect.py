@@ -25,9 +25,8 @@ from peft_vit.core.training import fewest_groups
 from peft_vit.data.files import existing
 from peft_vit.data.index import check_class_names
 from peft_vit.data.inspection.copies import groups_of, several, with_first
-from peft_vit.data.inspection.decoding import PixelStore, decoded_once
-from peft_vit.data.inspection.neighbours import LEAST_SHARE, NUMBERED
-from peft_vit.data.sources.folders import IS_UNSURE, ClassFiles, Images, find_images, groups_by_name, is_image, split_of
+from peft_vit.data.inspection.decoding import LEAST_SHARE, NUMBERED, PixelStore, decoded_once
+from peft_vit.data.sources.folders import IS_UNSURE, Images, find_images, groups_by_name, is_image, split_of
 from peft_vit.data.splits import class_gap, count_crossing
 
 _MOST_BY_CHANCE = 0.1  # share of pairs that look like copies and are none, above which no pair counts
@@ -81,12 +80,12 @@ class Inspection:
     @property
     def task(self) -> Task:
         """Return what is learned of the images."""
-        return self.images.files.task
+        return self.images.task
 
     @property
     def holdout(self) -> np.ndarray | None:
         """Return which images are of the folder's own test split, (N,) bool; None if it has none."""
-        return None if self.images.files.is_test is None else self.tests
+        return self.tests if self.images.tested else None
 
     @property
     def shorter_side(self) -> float:
@@ -206,7 +205,7 @@ class Inspection:
             with suppress(UserError):
                 together = groups_by_name(self.names, group)
                 of_each = np.array([together[name] for name in self.names])
-                _refuse_few(self.images.files, self.class_names, _LEAST_GROUPS, self.labels, of_each, self.tests)
+                _refuse_few(self.images, self.class_names, _LEAST_GROUPS, self.labels, of_each, self.tests)
                 if together[name] == together[other]:
                     return quoted(group)
         return "COLUMN, of a table that says what each image shows"
@@ -272,18 +271,17 @@ def inspect_images(
             more than half of the images can't be used, or with `strict` one is to be left out, with the list.
     """
     images = path if isinstance(path, Images) else find_images(existing(str(path)))
-    files, task = images.files, images.files.task
-    class_names, labels = files.read()
-    tests = files.tests
+    task, tests = images.task, images.tests
+    class_names, labels = images.read()
     with named(images.path):
         if len(class_names) < task.least_outputs:
             raise UserError(f"holds one class alone, '{class_names[0]}'; add images of another one")
         check_class_names(class_names, images.path)
         if least is None:
-            least = _LEAST if files.is_test is None else _LEAST_BESIDE_HOLDOUT
-        refuse_few = partial(_refuse_few, files, class_names)
+            least = _LEAST_BESIDE_HOLDOUT if images.tested else _LEAST
+        refuse_few = partial(_refuse_few, images, class_names)
         refuse_few(least, labels, np.arange(len(labels)), tests)  # before anything is decoded
-        names = np.array(list(files.classes), dtype=object)
+        names = np.array(list(images.classes), dtype=object)
         decoded = decoded_once(images.tree, names.tolist(), store or PixelStore(()), on_progress)
         marks, links, groups = task.label_ids(labels), decoded.links, decoded.groups
         links = links_of_one_label(links, marks) if task.one_class else links
@@ -338,7 +336,7 @@ def inspect_images(
 
 
 def _refuse_few(
-    files: ClassFiles,
+    images: Images,
     class_names: Sequence[str],
     least: int,
     labels: np.ndarray,
@@ -347,22 +345,22 @@ def _refuse_few(
     what: str = "different image",
 ) -> None:
     """Raise UserError if a class has too few different images or groups, beside an own test split, or that has none."""
-    members = partial(files.task.members, labels[~tests])
+    members = partial(images.task.members, labels[~tests])
     counts = np.array([len(np.unique(groups[~tests][members(k)])) for k in range(len(class_names))])
     scarce = int(counts.argmin())
     if counts[scarce] < least:
         few = np.count_nonzero(counts < least) - 1
         more = f"; {few} more class{'es have' if few > 1 else ' has'} too few" if few else ""
-        beside = "" if files.is_test is None else " beside the test split"
+        beside = " beside the test split" if images.tested else ""
         if what != "group" and np.count_nonzero(members(scarce)) > counts[scarce]:
             beside += " (of copies, near ones too, one counts)"
-        images = f"{counts[scarce]} {what}{'' if counts[scarce] == 1 else 's'}"
+        some = f"{counts[scarce]} {what}{'' if counts[scarce] == 1 else 's'}"
         trains = ", or take peft-vit train, which needs 2" if least > 2 <= counts[scarce] and what != "group" else ""
         raise UserError(
-            f"class '{class_names[scarce]}' has {images} that can be used{beside}, and each class "
+            f"class '{class_names[scarce]}' has {some} that can be used{beside}, and each class "
             f"needs {least}{more}; add images, or remove the class{trains}"
         )
-    if files.is_test is not None and not tests.any():
+    if images.tested and not tests.any():
         raise UserError("no image is left in the test split; add some")
 
 

@@ -9,11 +9,9 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
-from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
@@ -31,17 +29,16 @@ from peft_vit.data.shards import read_shards
 from peft_vit.data.sources.tables import INCOMPLETE, TABLES, table_rows
 
 _JUNK = ("/thumbs.db", "/desktop.ini")
-_BESIDE = IMAGE_SUFFIXES[:7]  # beside class folders: not to be told of. Kept studies pass over the other ones there
 _TABLES_BESIDE = ("images.csv", "labels.csv", "images.parquet", "labels.parquet")  # of images that lie there
 UNSURE = "unsure"  # in a table's column split: of an image whose label nobody could tell
 IS_UNSURE = f"is marked {UNSURE}"
 _REPEATED = "occurs twice; the first row is used"
 _CLASSES = ("label",)
 _NO_IMAGE = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
-_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("val", "valid", "validation"), "val"
 )
-_TESTED = ("test", "val")  # the first that is there is the test split
+TESTED = ("test", "val")  # the first that is there is the test split
 
 
 # --- class folders ----------------------------------------------------------------------------------------------------
@@ -73,7 +70,7 @@ def _read(config: DataConfig, images: Images) -> ImageIndex:
         if not name.endswith("/"):
             raise UserError(f"{why}; repair it or remove it", file=images.tree.file(name))
     notes = tuple(f"{folder} {why}" for folder, why in sorted(images.left_out.items()))
-    return replace(_index(images.tree, images.files), notes=notes)
+    return replace(_index(images), notes=notes)
 
 
 def index_inspected(images: Images, inspected: ImagesFile, file: Path, *, as_then: bool = False) -> ImageIndex:
@@ -88,16 +85,16 @@ def index_inspected(images: Images, inspected: ImagesFile, file: Path, *, as_the
     Raises:
         UserError: if they are others than those.
     """
-    index = _index(images.tree, images.files.without(inspected.left_out))
+    index = _index(images.without(inspected.left_out))
     if as_then and index.sha256 != inspected.sha256:
-        index = _labelled_then(index, images.files, inspected)
+        index = _labelled_then(index, images, inspected)
     return inspected.applied(index, images.path, file)
 
 
-def _index(tree: FileTree, labelled: ClassFiles) -> ImageIndex:
-    files, tests = list(labelled.classes), labelled.tests
+def _index(images: Images) -> ImageIndex:
+    tree, files, tests = images.tree, list(images.classes), images.tests
     hashed = tree.hashed(files)
-    names, labels = labelled.read()
+    names, labels = images.read()
     digests = [hashed.each[name] for name in files]
     return ImageIndex(
         labels=labels,
@@ -109,20 +106,20 @@ def _index(tree: FileTree, labelled: ClassFiles) -> ImageIndex:
         digests=digests,
         contents=numbered(digests)[1],
         own=True,
-        task=labelled.task,
+        task=images.task,
     )
 
 
-def _labelled_then(index: ImageIndex, files: ClassFiles, inspected: ImagesFile) -> ImageIndex:
+def _labelled_then(index: ImageIndex, images: Images, inspected: ImagesFile) -> ImageIndex:
     """Return the index with the images, labels, names and order of then; as it is, if one is gone or changed."""
     assert index.digests is not None
     place = {digest[:DIGEST_LETTERS]: i for i, digest in enumerate(index.digests)}
-    if not place.keys() >= {*inspected.digests.values()} or len(inspected.labels) != len(inspected.digests):
+    if not place.keys() >= {*inspected.digests.values()}:
         return index
     rows = [place[digest] for digest in inspected.digests.values()]
     then = dict(zip(inspected.digests, inspected.labels, strict=True))
-    names, labels = files._replace(classes=then, is_test=None).read()
-    texts = (files.task.text(label, names) for label in labels)
+    names, labels = images._replace(classes=then, tested=frozenset()).read()
+    texts = (images.task.text(label, names) for label in labels)
     changed = sum(index.label(row) != text for row, text in zip(rows, texts, strict=True))
     return replace(
         index,
@@ -139,17 +136,47 @@ def _labelled_then(index: ImageIndex, files: ClassFiles, inspected: ImagesFile) 
 class Images(NamedTuple):
     """Images with labels as people have them.
 
-    `taken` is a line on where they were found, if that is not where they were said to be; `left_out` says of files that
-    are not to be opened, by name, why. Those whose text in `together` is equal stay on one side of every split.
+    Attributes:
+        dataset: how a configuration names their kind.
+        path: of the folder, zip, table or shards.
+        tree: of their files.
+        classes: the class of each file by its name; of several labels, or of numbers, the table's cells, joined by '|'.
+        tested: files of their own test split; empty: there is none.
+        left_out: why, by name, files are not to be opened.
+        task: what is learned of them.
+        columns: of the table that hold labels.
+        taken: a line on where they were found, if that is not where they were said to be.
+        together: by name; files whose text is equal stay on one side of every split.
     """
 
     dataset: Literal["image-folder", "csv", "webdataset"]
     path: Path
     tree: FileTree
-    files: ClassFiles
+    classes: dict[str, str]
+    tested: frozenset[str]
     left_out: dict[str, str]
+    task: Task = CLASSIFICATION
+    columns: tuple[str, ...] = _CLASSES
     taken: str | None = None
-    together: Mapping[str, str] | None = None  # by name
+    together: Mapping[str, str] | None = None
+
+    @property
+    def tests(self) -> np.ndarray:
+        """Return which are of their own test split, (N,) bool."""
+        return np.array([name in self.tested for name in self.classes], dtype=bool)
+
+    def read(self) -> tuple[tuple[str, ...], Labels]:
+        """Return the names of what is learned, and the labels.
+
+        Raises:
+            UserError: if nothing can be learned from them.
+        """
+        with named(self.path):
+            return self.task.read_split(list(self.classes.values()), self.columns, self.tests)
+
+    def without(self, left_out: Container[str]) -> Images:
+        """Return those of other names."""
+        return self._replace(classes={name: label for name, label in self.classes.items() if name not in left_out})
 
 
 def find_images(path: Path, task: TaskName | None = None, group: str | None = None) -> Images:
@@ -169,7 +196,7 @@ def find_images(path: Path, task: TaskName | None = None, group: str | None = No
     images = _found(path, task, group)
     if group is None or images.together is not None:
         return images
-    return images._replace(together=groups_by_name(list(images.files.classes), group))
+    return images._replace(together=groups_by_name(list(images.classes), group))
 
 
 def groups_by_name(names: Sequence[str], group: str) -> dict[str, str]:
@@ -213,59 +240,57 @@ def _of_class_folders(tree: FileTree, path: Path, root: str) -> Images:
         f"{os.path.relpath(folder, root)}/": f"its images ({count:,}) lie outside {root}, where class folders are"
         for folder, count in Counter(str(PurePosixPath(name).parent) for name in outside).items()
     }
-    tree = tree.below(root)
-    test = _test_split(filter(is_image, tree.names))
+    tree = open_tree(path, root) if root else tree
+    images = list(filter(is_image, tree.names))
+    splits = set(map(split_of, images))
+    test = next((split for split in TESTED if {"train", split} <= splits), None)
     at = 0 if test is None else 1  # of the class among a name's folders
-    classes: dict[str, str] = {}
-    is_test = []
-    classes_of: dict[str | None, set[str]] = {}  # by split
+    classes: dict[str, str] = {}  # also of what can't be read: it stays a class
     for name in tree.names:
-        if f"/{name}".lower().endswith(_JUNK) or ("/" not in name and not name.lower().endswith(_BESIDE)):
-            continue
         folders = name.split("/")[:-1]
+        if f"/{name}".lower().endswith(_JUNK) or not (folders or is_image(name)):
+            continue
         if not is_image(name):
             left_out[name] = "is not an image file"
         elif len(folders) <= at:
             left_out[name] = "is in no class folder"
+        elif test is not None and split_of(name) is None:
+            raise UserError("is beside train/; expected only train, val or valid, and test", file=path / folders[0])
         else:
-            if (split := None if test is None else _split(folders[0])) is None and test is not None:
-                message = "is beside train/; expected only train, val or valid, and test"
-                raise UserError(message, file=path / folders[0])
-            classes_of.setdefault(split, set()).add(folders[at])  # also of what can't be read: it stays a class
+            classes[name] = folders[at]
             if fault := tree.fault(name):
                 left_out[name] = fault
-            else:
-                classes[name] = folders[at]
-                is_test.append(split == test)
-    if not classes:
+    if classes.keys() <= left_out.keys():
         raise UserError(_NO_IMAGE, file=path, field="data.path")
     left_out |= {
         name: f"leads to the images of {place}, which are used there" for name, place in tree.unused.items() if place
     }
     every = [*tree.names, *(name for name, place in tree.unused.items() if not place)]
     with_image, folders_there = (
-        {"/".join(name.split("/")[: at + 1]) for name in names if name.count("/") > at}
-        for names in (filter(is_image, tree.names), every)
+        {"/".join(name.split("/")[: at + 1]) for name in names if name.count("/") > at} for names in (images, every)
     )
     if empty := sorted(folders_there - with_image):
         message = f"has class folders without an image ({some_of(empty)}); add images, or remove them"
         raise UserError(message, file=path / root, field="data.path")
-    for split, names in sorted(classes_of.items()) if test is not None else ():
-        if odd := sorted(names - classes_of["train"]):
-            message = f"class '{odd[0]}' is in {split} and not in train; add images to train on, or remove the class"
-            raise UserError(message, file=path)
-    tree = replace(tree, hashed=partial(_hashed_as_used, tree, len(classes)))
+    if test is not None:
+        trained = {label for name, label in classes.items() if split_of(name) == "train"}
+        for split, label in sorted({(split_of(name), label) for name, label in classes.items()}):
+            if label not in trained:
+                message = f"class '{label}' is in {split} and not in train; add images to train on, or remove the class"
+                raise UserError(message, file=path)
+
+    def hashed(used: list[str]) -> Hashes:
+        """Hash the used images; a zip's hash alone does not say which of them these are."""
+        contents = tree.hashed(used)
+        if len(used) == len(classes) or path.is_dir():
+            return contents
+        names = "".join(f"{name}\0" for name in used)
+        return Hashes(hashlib.sha256(f"{contents.sha256}\0{names}".encode()).hexdigest(), contents.each)
+
+    tested = frozenset(name for name in classes if test is not None and split_of(name) == test)
     taken = f"Using the images in {path / root}, where the class folders are." if root else None
-    return Images("image-folder", path, tree, ClassFiles(classes, is_test if test else None), left_out, taken)
-
-
-def _hashed_as_used(tree: FileTree, images: int, used: list[str]) -> Hashes:
-    """Hash the used ones of so many images; a zip's hash alone does not say which of them these are."""
-    hashed = tree.hashed(used)
-    if len(used) == images or tree.location.is_dir():
-        return hashed
-    names = "".join(f"{name}\0" for name in used)
-    return Hashes(hashlib.sha256(f"{hashed.sha256}\0{names}".encode()).hexdigest(), hashed.each)
+    images_of = replace(tree, hashed=hashed)
+    return Images("image-folder", path, images_of, classes, tested, left_out, taken=taken).without(left_out)
 
 
 def _table_beside(tree: FileTree, path: Path, root: str | None) -> Path | None:
@@ -312,7 +337,7 @@ def _class_root(tree: FileTree, path: Path) -> str | None:
     while True:
         below = [folder.relative_to(root).parts for folder in classes if root in folder.parents]
         inside, deep = {parts[0] for parts in below}, {parts[0] for parts in below if len(parts) > 1}
-        divided = {_split(name) for name in deep} & {"train", *_TESTED}
+        divided = {_split(name) for name in deep} & {"train", *TESTED}
         only = deep if [_split(name) for name in deep] == ["train"] else inside
         if len(only) == 1 and only == deep:
             root /= only.pop()
@@ -387,9 +412,9 @@ def _of_rows(
             f"{fault}; {len(faults):,} of {count:,} {'rows' if dataset == 'csv' else 'samples'} can't be used",
             file=where,
         )
-    splits = [row.split for row in found.values()]
-    test = next((split for split in _TESTED if split in splits), None)
-    is_test = [split == test for split in splits]
+    splits = {row.split for row in found.values()}
+    test = next((split for split in TESTED if split in splits), None)
+    tested = frozenset(name for name, row in found.items() if row.split == test)
     header = "" if columns == _CLASSES else "\0".join(columns) + "\n"
 
     def hashed(used: list[str]) -> Hashes:
@@ -405,10 +430,10 @@ def _of_rows(
     left_out |= {os.path.relpath(where, tree.base or path.parent): fault for where, fault in unused.items()} | faulty
     left_out |= {row["path"]: IS_UNSURE for _, row in listed if row.get("split", "").lower() == UNSURE}
     labels = {name: row.label for name, row in found.items()}
-    files = ClassFiles(labels, is_test if any(is_test) else None, task, columns, path)
     of_column = {name: row.group for name, row in found.items()} if rows and group in rows[0][1] else None
     used = replace(tree, names=tuple(found), hashed=hashed)
-    return Images(dataset, path, used, files.without(left_out), left_out, together=of_column)
+    images = Images(dataset, path, used, labels, tested, left_out, task, columns, together=of_column)
+    return images.without(left_out)
 
 
 class _Row(NamedTuple):
@@ -464,45 +489,6 @@ def _task_of(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str
     raise UserError("has columns of 0, 1 or nothing, and others of numbers; keep those of one kind", file=path)
 
 
-class ClassFiles(NamedTuple):
-    """The class of each image file by its name, and which of them are of the folder's own test split, if it has one.
-
-    Of several labels, or of numbers, the cells of the table's columns are there, joined by '|'.
-    """
-
-    classes: dict[str, str]
-    is_test: list[bool] | None
-    task: Task = CLASSIFICATION
-    columns: tuple[str, ...] = _CLASSES
-    file: Path | None = None  # of the table
-
-    @property
-    def tests(self) -> np.ndarray:
-        """Return which are of the test split, (N,) bool: none if there is none."""
-        return np.array(self.is_test or [False] * len(self.classes), dtype=bool)
-
-    def read(self) -> tuple[tuple[str, ...], Labels]:
-        """Return the names of what is learned, and the labels.
-
-        Raises:
-            UserError: if nothing can be learned from them.
-        """
-        with named(self.file):
-            return self.task.read_split(list(self.classes.values()), self.columns, self.tests)
-
-    def without(self, left_out: Container[str]) -> ClassFiles:
-        """Return those of other names."""
-        used = [name not in left_out for name in self.classes]
-        is_test = None if self.is_test is None else list(compress(self.is_test, used))
-        return self._replace(classes=dict(compress(self.classes.items(), used)), is_test=is_test)
-
-
-def _test_split(names: Iterable[str]) -> str | None:
-    """Return which split beside train/ is the test split; None: these files are not divided."""
-    splits = set(map(split_of, names))
-    return next((split for split in _TESTED if {"train", split} <= splits), None)
-
-
 def split_of(file: str) -> str | None:
     """Return which split the folder is called as that a file's class folder lies in; None: in none."""
     folder, *below = file.split("/")
@@ -511,7 +497,7 @@ def split_of(file: str) -> str | None:
 
 def _split(name: str) -> str | None:
     """Return which split a folder or a row is called as, in small or capital letters: train, test or val."""
-    return _SPLITS.get(name.lower())
+    return SPLITS.get(name.lower())
 
 
 def is_image(name: str) -> bool:

@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -27,18 +26,17 @@ from peft_vit.base.extras import require_extra
 from peft_vit.base.files import LARGEST_BYTES, read_bytes
 from peft_vit.base.packages import ask_hub, cache_dir, check_download
 from peft_vit.core.config import DataConfig
-from peft_vit.core.tasks import TASKS, Column, Task
+from peft_vit.core.tasks import TASKS, Task
 from peft_vit.data.files import FETCH_AGAIN, hashes, remembered, stamps
 from peft_vit.data.index import ImageIndex, numbered
 from peft_vit.data.pixels import decode_image
+from peft_vit.data.sources.folders import SPLITS, TESTED
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features
     from pyarrow import ChunkedArray
 
-_TRAIN = ("train", "training")
-_VALIDATION = ("validation", "valid", "val", "dev")
-_TEST = ("test", "testing")
+_KINDS = SPLITS | {"dev": "val"}  # of splits, by their names
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
 _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 _NO_BYTES = "0" * 64  # instead of the hash of an image that is a file of its own
@@ -73,28 +71,35 @@ def read_hf(config: DataConfig) -> ImageIndex:
     from pyarrow import chunked_array
 
     with named(path):
-        features = next((splits[name] for name in _TRAIN if name in splits), next(iter(splits.values()))).features
+        features = next(
+            (rows for name, rows in splits.items() if _KINDS.get(name) == "train"), next(iter(splits.values()))
+        ).features
         image, label = _columns(features, config)
         notes: list[str] = []
         parts = _labelled([_split(name, rows, image, label, features, path) for name, rows in splits.items()], notes)
         is_test = _official_test(parts, notes)
-        holds = _holds(features[label])
+        feature = features[label]
+        holds = "numbers" if getattr(feature, "dtype", "").startswith(("float", "double")) else "classes"
+        holds = "lists" if _inner(feature) else holds
         fitting = (task for task in TASKS.values() if task.column == holds)
         task = TASKS[config.task] if config.task else next(fitting)
         if task.one_class and holds == "lists":
             message = f"column '{label}' holds lists, which are not {task.name}; leave task out"
             raise UserError(message, field="data.task")
+        titles = [f"{part.name}[{row}]" for part in parts for row in range(len(part.classes))]
+        values = [value for part in parts for value in part.classes]
+        images = chunked_array([chunk for part in parts for chunk in part.images.chunks])
         if task.one_class:
-            names, labels = _classes(parts, features[label], label, notes)
+            names, labels = _classes(values, feature, label, notes)
             texts = [names[k] for k in labels]
         else:
             column = "label" if holds == "lists" else label  # they stand in one cell, as in a table
-            texts = _texts(parts, features[label], column, task)
+            texts = _texts(values, titles, feature, column, task)
             names, labels = task.read_split(texts, (column,), is_test)
-        titles, digests = _titles_and_digests(parts, path)
+        digests = [digest for part in parts for digest in _digests(part)]
+        titles, digests = _with_files(images, titles, digests, path)
         lines = [f"{part.name}\0{len(part.images)}\n" for part in parts]
         lines += [f"{text}\0{digest}\n" for text, digest in zip(texts, digests, strict=True)]
-        images = chunked_array([chunk for part in parts for chunk in part.images.chunks])
 
         def read(i: int) -> bytes:
             content, file = _stored(images[i])
@@ -261,35 +266,32 @@ def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
 def _columns(features: Features, config: DataConfig) -> tuple[str, str]:
     """Return the columns of images and of labels: those asked for, or else the only likely ones.
 
-    Labels are likely to be those of classes, or lists of these, or else texts or whole numbers, or else lists of texts
-    or other numbers, or what is called label.
+    Labels are likely to be those of classes, or else lists of these, or else texts or numbers; or what is called label.
     """
     import datasets
 
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     possible = list(images)
-    ranks: dict[str, int] = {}  # of columns that could hold labels: the lower, the likelier
+    classes, lists, others = [], [], []  # columns that could hold labels
     for name, feature in features.items():
         dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
         # As Parquet files have images that do not say that they are some.
         if dtype in ("binary", "large_binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
             possible.append(name)
+        inner = _inner(feature)
         if isinstance(feature, datasets.ClassLabel):
-            ranks[name] = 0
-        elif isinstance(_inner(feature), datasets.ClassLabel):
-            ranks[name] = 1
-        elif dtype.startswith(("int", "uint", "string", "large_string", "bool")):
-            ranks[name] = 2
-        elif _inner(feature) or dtype.startswith(("float", "double")):
-            ranks[name] = 3
+            classes.append(name)
+        elif isinstance(inner, datasets.ClassLabel):
+            lists.append(name)
+        elif inner or dtype.startswith(("int", "uint", "string", "large_string", "bool", "float", "double")):
+            others.append(name)
     image = _column("image", "hold images", features, config.image_column, images or possible, possible)
-    ranks.pop(image, None)
-    labels = sorted(ranks, key=lambda name: ranks[name] % 2)  # single values, then lists and numbers
-    best = min(ranks.values(), default=0)
-    likely = [name for name in labels if ranks[name] == best]
-    if "label" in (labels if best > 1 else likely):
-        likely = ["label"]
-    return image, _column("label", "could be the label", features, config.label_column, likely, labels)
+    others = [name for name in others if name != image]
+    likely = classes or lists or others
+    likely = ["label"] if "label" in likely else likely
+    return image, _column(
+        "label", "could be the label", features, config.label_column, likely, classes + lists + others
+    )
 
 
 def _inner(feature: Any) -> Any:
@@ -299,13 +301,6 @@ def _inner(feature: Any) -> Any:
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
     text = isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
     return inner if text or isinstance(inner, datasets.ClassLabel) else None
-
-
-def _holds(feature: Any) -> Column:
-    """Return what a column of labels holds."""
-    if _inner(feature):
-        return "lists"
-    return "numbers" if getattr(feature, "dtype", "").startswith(("float", "double")) else "classes"
 
 
 def _column(what: str, why: str, features: Features, column: str | None, likely: list[str], possible: list[str]) -> str:
@@ -373,50 +368,46 @@ def _official_test(parts: list[_Split], notes: list[str]) -> np.ndarray | None:
     """Take out what is no split of a known name, and return which images are test images, (N,) bool, if any are."""
     if len(parts) == 1:
         return None
-    for part in [part for part in parts if part.name not in (*_TRAIN, *_VALIDATION, *_TEST)]:
+    for part in [part for part in parts if part.name not in _KINDS]:
         notes.append(f"split {part.name} is left out; only train, validation and test are read")
         parts.remove(part)
-    present = {part.name for part in parts}
-    if not present.intersection(_TRAIN):
-        named = ", ".join(sorted(present)) or "of other names"
+    kinds = {_KINDS[part.name] for part in parts}
+    if "train" not in kinds:
+        named = ", ".join(sorted(part.name for part in parts)) or "of other names"
         raise UserError(f"has the splits {named}; expected train beside them", field="data.path")
-    test = next((names for names in (_TEST, _VALIDATION) if present.intersection(names)), ())
-    if not test:
-        return None
-    return np.concatenate([np.full(len(part.images), part.name in test) for part in parts])
+    test = next((kind for kind in TESTED if kind in kinds), None)
+    is_test = [np.full(len(part.images), _KINDS[part.name] == test) for part in parts]
+    return np.concatenate(is_test) if test else None
 
 
-def _texts(parts: list[_Split], feature: Any, column: str, task: Task) -> list[str]:
+def _texts(values: list[Any], titles: list[str], feature: Any, column: str, task: Task) -> list[str]:
     """Return labels as a table has them, N of them: a number, or names with | between them."""
     inner, texts = _inner(feature), []
     names = getattr(inner, "names", None)  # of numbered classes
-    for part in parts:
-        for row, value in enumerate(part.classes):
-            several = list(value) if inner else [value]
-            if names is not None:
-                several = [names[k] if k is not None and 0 <= k < len(names) else k for k in several]
-            text = "|".join(map(str, several))
-            odd = [name for name in several if inner and (not isinstance(name, str) or "|" in name or not name.strip())]
-            fault = f"{odd[0]!r} is not the name of a class without |" if odd else task.fault({column: text})
-            if fault:
-                raise UserError(f"{part.name}[{row}]: {fault}", field="data.label_column")
-            texts.append(text)
+    for title, value in zip(titles, values, strict=True):
+        several = list(value) if inner else [value]
+        if names is not None:
+            several = [names[k] if k is not None and 0 <= k < len(names) else k for k in several]
+        text = "|".join(map(str, several))
+        odd = [name for name in several if inner and (not isinstance(name, str) or "|" in name or not name.strip())]
+        fault = f"{odd[0]!r} is not the name of a class without |" if odd else task.fault({column: text})
+        if fault:
+            raise UserError(f"{title}: {fault}", field="data.label_column")
+        texts.append(text)
     return texts
 
 
-def _classes(parts: list[_Split], feature: Any, label: str, notes: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
+def _classes(values: list[Any], feature: Any, label: str, notes: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the names of classes that have images, in the order of the set or sorted, and labels (N,) int64."""
     import datasets
 
-    present, labels = numbered([value for part in parts for value in part.classes])
+    present, labels = numbered(values)
     if not isinstance(feature, datasets.ClassLabel):
-        names = tuple(str(value) for value in present)
-        return names, labels
+        return tuple(map(str, present)), labels
     if present[-1] >= feature.num_classes:
         message = f"column '{label}' holds {present[-1]}, but has only {feature.num_classes} classes"
         raise UserError(message, field="data.label_column")
-    absent = [name for k, name in enumerate(feature.names) if k not in present]
-    if absent:
+    if absent := [name for k, name in enumerate(feature.names) if k not in present]:
         notes.append(f"{len(absent)} of {feature.num_classes} classes have no image, such as '{absent[0]}'")
     return tuple(feature.names[k] for k in present), labels
 
@@ -424,52 +415,50 @@ def _classes(parts: list[_Split], feature: Any, label: str, notes: list[str]) ->
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list[str]]:
-    """Return what to call each image (of a file in a local folder its path there, else the row), and its SHA-256."""
+def _with_files(images: ChunkedArray, titles: list[str], digests: list[str], path: str) -> tuple[list[str], list[str]]:
+    """Return titles and digests with those of files beside the table: in a local folder the path there is the title."""
     import datasets
 
     library = (_cache(), datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
-    local_root, *others = (Path(os.path.realpath(root)) for root in (os.path.expanduser(path), *library))
-    titles: list[str] = []
-    digests: list[str] = []
-    beside: dict[str, Path] = {}  # files of their own, by row
-    for part in parts:
-        hashed = partial(_digests, part)
-        of_rows = remembered("hashes", stamps(part.files), hashed, partial(_sound, part)) if part.files else hashed()
-        for row, digest in enumerate(of_rows):
-            titles.append(title := f"{part.name}[{row}]")
-            if digest == _NO_BYTES:
-                file = str(_stored(part.images[row])[1])
-                real = Path(os.path.realpath(file))
-                if not os.path.isfile(file):
-                    message = f"names the file {file}, which does not exist, and holds no image itself"
-                    raise UserError(message, file=f"{path}: {title}")
-                if not any(real.is_relative_to(root) for root in (local_root, *others)):
-                    message = f"names the file {file}, which leads out of the data set; copy it into it"
-                    raise UserError(message, file=f"{path}: {title}")
-                beside[title] = Path(file)
-                if real.is_relative_to(local_root):
-                    titles[-1] = real.relative_to(local_root).as_posix()
-            digests.append(digest if digest != _NO_BYTES else title)
+    roots = [Path(os.path.realpath(root)) for root in (os.path.expanduser(path), *library)]
+    beside: dict[str, Path] = {}  # by row
+    named_as = list(titles)
+    for row, title in enumerate(titles):
+        if digests[row] == _NO_BYTES:
+            file = str(_stored(images[row])[1])
+            real = Path(os.path.realpath(file))
+            fault = ""
+            if not os.path.isfile(file):
+                fault = "does not exist, and holds no image itself"
+            elif not any(map(real.is_relative_to, roots)):
+                fault = "leads out of the data set; copy it into it"
+            if fault:
+                raise UserError(f"names the file {file}, which {fault}", file=f"{path}: {title}")
+            beside[title] = Path(file)
+            if real.is_relative_to(roots[0]):
+                named_as[row] = real.relative_to(roots[0]).as_posix()
     of_files = hashes(beside).each if beside else {}
-    return titles, [of_files.get(digest, digest) for digest in digests]
+    return named_as, [of_files.get(title, digest) for title, digest in zip(titles, digests, strict=True)]
 
 
 def _digests(part: _Split) -> list[str]:
-    digests = []
-    for row, scalar in enumerate(part.images):
-        content, file = _stored(scalar)
-        if content is None and not file:
-            raise UserError(f"{part.name}[{row}] has no image; remove it", field="data.image_column")
-        digests.append(_NO_BYTES if content is None else hashlib.sha256(content).hexdigest())
-    return digests
+    """Return the SHA-256 of each image, `_NO_BYTES` of those that are files of their own."""
 
+    def compute() -> list[str]:
+        digests = []
+        for row, scalar in enumerate(part.images):
+            content, file = _stored(scalar)
+            if content is None and not file:
+                raise UserError(f"{part.name}[{row}] has no image; remove it", field="data.image_column")
+            digests.append(_NO_BYTES if content is None else hashlib.sha256(content).hexdigest())
+        return digests
 
-def _sound(part: _Split, digests: list[str]) -> list[str]:
-    """Return what the cache has of a split; raises ValueError if that can't be its digests."""
-    if len(digests) != len(part.images) or not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
-        raise ValueError
-    return digests
+    def read(digests: list[str]) -> list[str]:
+        if len(digests) != len(part.images):
+            raise ValueError
+        return digests
+
+    return remembered("hashes", stamps(part.files), compute, read) if part.files else compute()
 
 
 def _stored(scalar: Any) -> tuple[bytes | None, str | None]:

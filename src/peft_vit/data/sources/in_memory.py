@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import write_atomically
 from peft_vit.base.packages import cache_dir
-from peft_vit.data.files import cache_fault
+from peft_vit.data.files import cache_fault, new_in_cache
 from peft_vit.data.pixels import on_white
 
 _COLUMNS = ("image", "img", "path", "file", "filename", "file_name", "filepath")
@@ -59,7 +59,7 @@ def held_images(held: Any) -> Iterator[tuple[HeldImage, Any]]:
 def _items(held: Any) -> Iterable[Any]:
     if isinstance(held, str | os.PathLike | Image.Image):
         return [held]
-    of_label = getattr(held, "features", {}).get("label") if hasattr(held, "features") else None
+    of_label = getattr(held, "features", {}).get("label")
     if names := getattr(getattr(of_label, "feature", None), "names", None):  # lists of numbered classes
         return ({**row, "label": [names[k] for k in row["label"]]} for row in held)
     if hasattr(held, "iloc"):  # of pandas
@@ -116,10 +116,6 @@ def _pixels(image: Any, position: int) -> HeldImage:
     return np.rint(array * (255 / largest)).astype(np.uint8)
 
 
-def _is_missing(label: Any) -> bool:
-    return label is None or (isinstance(label, float) and math.isnan(label))
-
-
 def write_table(images: Any, labels: Any = None, *, of_classes: bool = True) -> tuple[Path, NDArray[Any]]:
     """Write a table of images and labels, as `find_images` reads it, to the cache; equal ones of a class are one row.
 
@@ -140,18 +136,13 @@ def write_table(images: Any, labels: Any = None, *, of_classes: bool = True) -> 
 
     if labels is not None:
         check_consistent_length(images, labels)
-        unknown = [place for place, label in enumerate(labels) if _is_missing(label)] if of_classes else []
-        if unknown:
-            message = f"{len(unknown)} of {len(labels)} are missing, the first at {unknown[0]}; leave those images out"
-            raise UserError(message, field="labels")
         labels = column_or_1d(labels) if of_classes else list(labels)
     rows: list[tuple[str, Any]] = []
     for position, (image, held_label) in enumerate(held_images(images)):
         label = held_label if labels is None else labels[position]
-        if label is None:
-            raise UserError(
-                "are missing; give one for each image, or a table or data set that holds them", field="labels"
-            )
+        if label is None or (isinstance(label, float) and math.isnan(label)):
+            message = f"are missing, the first at {position}; give one for each image, or leave such images out"
+            raise UserError(message, field="labels")
         place = os.path.abspath(image) if isinstance(image, Path) else _written(image, str(label))
         rows.append((place, label if of_classes else _cell(label)))
     if not rows:
@@ -188,9 +179,6 @@ def _written(pixels: NDArray[np.uint8], label: str) -> str:
     name = f"{hashlib.sha256(repr((label, pixels.shape)).encode() + pixels.tobytes()).hexdigest()[:32]}.png"
     file = held_folder() / name
     if not file.exists():
-        with cache_fault(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            begun = file.with_name(f".{name}.{os.getpid()}")
-            Image.fromarray(pixels).save(begun, "PNG", compress_level=1)
-            begun.replace(file)
+        with new_in_cache(file) as made:
+            Image.fromarray(pixels).save(made, compress_level=1)
     return name

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import math
 import struct
 import sys
 import sysconfig
 from dataclasses import dataclass
-from functools import partial
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
 from peft_vit.base.errors import UserError, foreign_fault
-from peft_vit.base.files import LARGEST_BYTES, read_bytes, require_regular
+from peft_vit.base.files import LARGEST_BYTES, open_regular, read_bytes
 from peft_vit.base.packages import ELPV_WHEEL, cache_dir, check_download, fetch_wheel
 from peft_vit.core.config import IMAGE_SIZES, DataConfig
 from peft_vit.core.tasks import CLASSIFICATION
@@ -83,10 +82,9 @@ def read_digits(config: DataConfig) -> ImageIndex:
         raise UserError(
             "has no effect with dataset: digits, which comes with scikit-learn; remove it", field="data.path"
         )
-    package = importlib.util.find_spec("sklearn")  # whose import takes 90 MB of memory
-    assert package is not None
-    assert package.origin is not None
-    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")  # (N, 65)
+    # The import of scikit-learn takes 90 MB of memory.
+    file = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    table = np.loadtxt(str(file), delimiter=",")  # (N, 65)
     pixels = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
     labels = table[:, -1].astype(np.int64)
     return ImageIndex(
@@ -176,21 +174,19 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
     Raises:
         UserError: if it is missing, broken, or of another shape than its header says.
     """
-    start = 4 + 4 * dimensions
     if not file.exists():
         message = "is missing; name the folder that holds the four idx .gz files"
         raise UserError(message, file=file, field="data.path")
-    with foreign_fault("is not a readable .gz", file, remedy=FETCH_AGAIN):
-        require_regular(file.stat(), file)  # opening a pipe could wait for ever
-        with gzip.open(file) as unzipped:
-            header = unzipped.read(start)
-            if len(header) < start or header[:4] != bytes((0, 0, 8, dimensions)):
-                raise UserError(f"is not an idx file of bytes in {dimensions} dimensions; {FETCH_AGAIN}", file=file)
-            shape = struct.unpack(f">{dimensions}I", header[4:])
-            expected = math.prod(shape)
-            if expected > LARGEST_BYTES:
-                raise OSError(f"its header asks for {expected} bytes")
-            values = unzipped.read(expected + 1)  # and no more of what may be a bomb
+    fault = foreign_fault("is not a readable .gz", file, remedy=FETCH_AGAIN)
+    with fault, open_regular(file) as zipped, gzip.open(zipped) as unzipped:
+        header = unzipped.read(4 + 4 * dimensions)
+        if header[:4] != bytes((0, 0, 8, dimensions)):
+            raise UserError(f"is not an idx file of bytes in {dimensions} dimensions; {FETCH_AGAIN}", file=file)
+        shape = struct.unpack(f">{dimensions}I", header[4:])
+        expected = math.prod(shape)
+        if expected > LARGEST_BYTES:
+            raise OSError(f"its header asks for {expected} bytes")
+        values = unzipped.read(expected + 1)  # and no more of what may be a bomb
     if len(values) != expected:
         count = f"more than {expected}" if len(values) > expected else len(values)
         raise UserError(f"holds {count} values, its header says {shape}; {FETCH_AGAIN}", file=file)
@@ -215,25 +211,33 @@ class CifarFiles:
     label_bytes: int  # the last of them is the class; CIFAR-100 has the coarse class before it
 
 
-CIFAR10 = CifarFiles(
-    "cifar-10-binary.tar.gz",
-    "c32a1d4ab5d03f1284b67883e8d87530",
-    tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
-    "test_batch.bin",
-    "batches.meta.txt",
-    1,
-)
-CIFAR100 = CifarFiles(
-    "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", ("train.bin",), "test.bin", "fine_label_names.txt", 2
-)
+CIFAR = {
+    "cifar10": CifarFiles(
+        "cifar-10-binary.tar.gz",
+        "c32a1d4ab5d03f1284b67883e8d87530",
+        tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
+        "test_batch.bin",
+        "batches.meta.txt",
+        1,
+    ),
+    "cifar100": CifarFiles(
+        "cifar-100-binary.tar.gz",
+        "03b5dce01913d631647c71ecec9e9cb8",
+        ("train.bin",),
+        "test.bin",
+        "fine_label_names.txt",
+        2,
+    ),
+}
 
 
-def _read_cifar(layout: CifarFiles, config: DataConfig) -> ImageIndex:
+def _read_cifar(config: DataConfig) -> ImageIndex:
     """Index CIFAR-10 or CIFAR-100 (format: cs.toronto.edu/~kriz/cifar.html, binary version).
 
     A record is one label byte (CIFAR-100: coarse, then fine) and 3,072 bytes: red, green and blue planes of
     32 x 32. The path is the folder of the unpacked archive; without one it is downloaded.
     """
+    layout = CIFAR[config.dataset]
     batches, remedy = (*layout.train, layout.test), "unpack the binary archive again"
     wanted = (*batches, layout.names)
     if config.path is None:
@@ -325,7 +329,6 @@ SOURCES = {
     "elpv": read_elpv,
     "digits": read_digits,
     "fashion-mnist": read_fashion_mnist,
-    "cifar10": partial(_read_cifar, CIFAR10),
-    "cifar100": partial(_read_cifar, CIFAR100),
+    **dict.fromkeys(CIFAR, _read_cifar),
     "tiny-imagenet": read_tiny_imagenet,
 }
