@@ -189,6 +189,12 @@ def train_runs(output: Path) -> list[TrainRun]:
     return [runs[key] for key in sorted(runs)]
 
 
+def called(folder: Path) -> dict[str, Any]:
+    """Return the command of `train` that made a folder, and its seconds; nothing if none did."""
+    calls = (call for call in train_runs(folder.parent) if call.folder.resolve() == folder.resolve())  # or `latest`
+    return next(({"call": call.command, "seconds": call.seconds()} for call in calls), {})
+
+
 def earlier_call(asked: RequestFile) -> tuple[TrainRun | None, str]:
     """Return the latest call that asked for the same with the same content, to be continued.
 
