@@ -41,7 +41,7 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Tuning:
     """Do the runs of LoRA on folds, and the last one; its weights are rounded after training."""
     request = TuneRequest(images=images, output=folder, **{"models": (MODEL,), **asked})
     labelled = take_in(request, find_images(images), folder / "images.json")
-    labelled.write()
+    labelled.file.write_bytes(labelled.written)
     data = labelled.data(32)
     on_folds = _done("folds-tiny_pool-32", list(range(FOLDS)), data | {"folds": FOLDS}, folder / "studies")
     (final,) = _done("final-tiny_pool-32", [0], data, folder / "studies", features=True)

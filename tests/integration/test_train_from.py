@@ -65,9 +65,6 @@ def test_after_a_test_label_is_corrected_the_earlier_model_is_counted_by_both(
     call = ("train", images, *options, "--minutes", "5", "--threads", "1", "--output", tmp_path / "out")
     said = command(*call).out
     assert "changed since" not in said  # there are more images, of the same labels
-    assert "the last call's was" not in said
-    assert "the last call's was accuracy;" in command(*call, "--metric", "balanced_accuracy", code=0).out
-    shutil.rmtree(next((tmp_path / "out").glob("0003-*")))
     shutil.rmtree(next((tmp_path / "out").glob("0002-*")))
     then = correct_a_test_label(first, images)
     said = command(*call).out

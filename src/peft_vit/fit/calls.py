@@ -29,7 +29,7 @@ from peft_vit.runs.records.progress import (
     run_status,
     study_lock,
 )
-from peft_vit.runs.records.storage import DELIVERED_FILE, RECORD_FILE, read_record, read_study_file, single_run
+from peft_vit.runs.records.storage import RECORD_FILE, read_record, read_study_file, single_run
 
 if TYPE_CHECKING:
     from peft_vit.data import ImageIndex
@@ -167,15 +167,6 @@ class TrainRun:
     def seconds(self) -> float:
         """Return what all of its stages took."""
         return 0.0 if self._fit is None else sum(self._fit.seconds.values())
-
-    def forget(self, *files: Path) -> None:
-        """Remove what was written before anything was trained."""
-        for file in (self.folder / REQUEST_FILE, *files):
-            file.unlink(missing_ok=True)
-
-    def deliver(self, run_folder: Path) -> None:
-        """Say that its model is that of a run."""
-        write_whole(self.folder / DELIVERED_FILE, f"{run_folder.relative_to(self.folder).as_posix()}\n".encode())
 
 
 def train_runs(output: Path) -> list[TrainRun]:

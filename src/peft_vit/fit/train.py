@@ -23,8 +23,9 @@ from functools import partial
 
 from peft_vit.base.console import duration
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import write_whole
 from peft_vit.core.config import METHOD_KINDS, named_as_typed
-from peft_vit.fit.calls import RequestFile, TrainRun, call_folder, earlier_call, write_request
+from peft_vit.fit.calls import REQUEST_FILE, RequestFile, TrainRun, call_folder, earlier_call, write_request
 from peft_vit.fit.decide import meaning_of_last, worth_training
 from peft_vit.fit.earlier import EarlierRun, corrected_since
 from peft_vit.fit.fit import Environment, Fit
@@ -42,7 +43,7 @@ from peft_vit.fit.sizes import (
     within_memory,
 )
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, Limit, first_that_fits
-from peft_vit.runs.records.storage import RECORD_FILE, link_latest, read_record, write_record
+from peft_vit.runs.records.storage import DELIVERED_FILE, RECORD_FILE, link_latest, read_record, write_record
 
 _LEAST_ON_FOLDS = 16  # steps: temperatures of so short trainings fit a longer one
 _ENDLESS_S = 1e8
@@ -73,7 +74,7 @@ def train(
     refuse_among_images(request.images, request.output)
     earlier = None if request.from_run is None else EarlierRun.read(request.from_run)
     request = request if earlier is None else earlier.taken_over(request)
-    fit = Fit(request, emit, environment or Environment(), started=started)
+    fit = Fit(request, emit, environment, started)
     with named_as_typed(TrainRequest), fit.opened:
         files = named_files(request)
         with fit.stage("look"):
@@ -104,7 +105,10 @@ def train(
 
 
 def _carry_out(fit: Fit, run: TrainRun) -> None:
-    """Do what is not done: image sizes, the training, folds, and a linear probe if it is better."""
+    """Do what is not done: image sizes, the training, folds, and a linear probe if it is better.
+
+    The record of what becomes the model says what its outputs mean, as folds of like trainings tell.
+    """
     begun = fit.begun
     try:
         write_request(run.folder, run.asked)
@@ -113,7 +117,8 @@ def _carry_out(fit: Fit, run: TrainRun) -> None:
         sizes, recipe, longer = begin(fit, allowed_sizes(fit))
     except BaseException:
         if not begun:  # refused, or interrupted before anything is trained: nothing of it stays
-            run.forget(fit.file_path, fit.images.file)
+            for file in (run.folder / REQUEST_FILE, fit.file_path, fit.images.file):
+                file.unlink(missing_ok=True)
         raise
     try:
         with fit.stage("first"):
@@ -131,22 +136,17 @@ def _carry_out(fit: Fit, run: TrainRun) -> None:
             with fit.stage("final"):
                 recipe, known, longer = beside, beside, 1.0
                 outcome, _ = train_last(fit, recipe, longer)
-    _deliver(fit, run, recipe, known, outcome, longer)
-
-
-def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, known: Recipe, outcome: Outcome, longer: float) -> None:
-    """Write into the record of a run what its outputs mean, as folds of `known` tell, and say that it is the model."""
     folds, record, task = fit.frame.of(known), read_record(outcome.folder / RECORD_FILE), outcome.learned
     validated = record.decision or record.calibrated
     meaning = meaning_of_last(fit, recipe, known, longer, task) if folds or not validated else None
     if meaning is not None:
-        record = with_meaning(record, meaning, folds, outcome)
         on_folds = predictions_on(folds, task, meaning, fit.images.index)
-        record = record.model_copy(update={"on_folds": on_folds})
+        record = with_meaning(record, meaning, folds, outcome).model_copy(update={"on_folds": on_folds})
         write_record(fit.results_dir(outcome.folder.parts[-3]), record)
     if outcome.folder.parents[1] != run.folder:
         fit.emit(f"The model is the linear probe at {recipe.image_size} px.")
-        run.deliver(outcome.folder)
+        place = outcome.folder.relative_to(run.folder).as_posix()
+        write_whole(run.folder / DELIVERED_FILE, f"{place}\n".encode())
     fit.decisions.delivered = recipe, fit.longest_done(recipe)
     fit.save()
     link_latest(run.folder)

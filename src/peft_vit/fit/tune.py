@@ -73,7 +73,7 @@ def tune(
     """
     check_output(request)
     with named_as_typed(TuneRequest), study_lock(request.output):
-        fit = Fit(request, emit, environment or Environment(), started=started)
+        fit = Fit(request, emit, environment, started)
         fit.enter(request.output)
         was_there = (fit.folder / IMAGES_FILE).exists()
         with fit.opened:
