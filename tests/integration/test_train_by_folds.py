@@ -149,20 +149,6 @@ def test_a_linear_probe_that_is_better_is_delivered_with_folds_of_its_own(traine
 
 
 @pytest.mark.usefixtures("no_page")
-def test_where_no_training_fits_a_linear_probe_is_the_model(trained, command, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.fit.train.with_length", lambda _, size: size)  # with none
-    said = trained()
-    run, kept = only_call()
-    size = kept.decisions.first[0].image_size
-    assert re.search(r"  no time to train; give about --minutes \d+", said)
-    assert f"  to train: Linear probe, {size} px, about " in said
-    assert run.record() == read_record(run.folder / "linear/seed_0/record.json")
-    assert run.record().calibrated.images >= 3 * 38 // 5
-    assert "linear probe" in command("runs").out
-    assert "was done before" in trained()
-
-
-@pytest.mark.usefixtures("no_page")
 def test_a_call_that_ends_within_its_folds_goes_on_there(trained, command, monkeypatch) -> None:
     options = "--method linear --image-size 32"
 
