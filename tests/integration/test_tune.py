@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,6 @@ from peft_vit.core.adapters.products import MatmulTimes
 from peft_vit.core.backbones import describe
 from peft_vit.core.config import BackboneConfig, study_from_mapping
 from peft_vit.core.quantization.integers import Int8Matmul
-from peft_vit.core.tasks import expected_gain
 from peft_vit.core.tasks.classification import ACCURACY
 from peft_vit.data import load_data
 from peft_vit.fit import intake, sizes
@@ -221,15 +220,6 @@ def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: T
     assert f", by {sealed} test images). The best float model found" in said
 
 
-@pytest.mark.parametrize(("loss", "words"), [(0.0004, "as good"), (-0.0004, "as good"), (0.004, "0.4 points better")])
-def test_a_gap_that_rounds_to_nothing_is_none(tuning: Tuning, loss: float, words: str) -> None:
-    choice = tuning(stand_ins())
-    decision = choice.decision
-    odds = replace(decision.odds, loss=loss)
-    said = answer(replace(choice, decision=replace(decision, odds=odds)))
-    assert f" is expected to be {words}; the chance that it is more than 1 point better is " in said
-
-
 @pytest.mark.parametrize("better", ["test_vit", "test_vit2"])
 def test_of_two_models_the_better_one_is_trained_and_taken(tuning: Tuning, better: str) -> None:
     runner, models = stand_ins(), ("test_vit", "test_vit2")
@@ -304,9 +294,7 @@ def test_a_rate_that_wins_at_the_end_of_the_list_extends_it(tuning: Tuning) -> N
     assert default.recipe.rate == 1e-3  # nothing is clearly better
 
 
-def test_all_runs_multiply_in_the_way_that_was_the_fastest_when_it_began(
-    tuning: Tuning, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_runs_multiply_in_the_way_that_was_the_fastest_when_it_began(tuning, monkeypatch) -> None:
     rates, asked = {"float": 1e9, "int8": 2e9}, set[str]()
     monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", lambda *given: rates[given[4]])
 
@@ -522,13 +510,6 @@ def test_the_last_training_is_longer_where_steps_gain_on_folds(tuning: Tuning, t
     assert longer.longer * longer.recipe.steps > 1.5 * shorter.longer * shorter.recipe.steps
 
 
-def test_a_size_promises_what_a_first_training_brings_as_fits(tuning: Tuning) -> None:
-    choice = tuning(environment=paced(stand_ins(step_s=2.0)), minutes=20.0)
-    small, *_, large = choice.sizes
-    assert small.last_steps > large.last_steps > large.steps > 0
-    assert large.promise == pytest.approx(large.expected + expected_gain(large.last_steps))
-
-
 def test_where_folds_are_dear_nothing_beside_the_best_is_trained(tuning: Tuning, tmp_path: Path) -> None:
     def folds_of(minutes: float, **more: Any) -> dict[str, int]:
         runner, output = stand_ins(step_s=2.0), tmp_path / f"{minutes:g}{len(more)}"
@@ -609,9 +590,7 @@ def test_a_size_at_which_2_bits_alone_fit_is_left_out_unless_none_has_room_for_m
     assert fitting(10) == {"a": [112]}
 
 
-def test_sizes_are_compared_by_more_images_where_a_class_is_rare(
-    tuning: Tuning, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sizes_are_compared_by_more_images_where_a_class_is_rare(tuning, images, tmp_path, monkeypatch) -> None:
     for name in ("_FEWEST", "_FEW"):
         monkeypatch.setattr(f"peft_vit.fit.costs.{name}", 20)
     folder, runner, drawn = tmp_path / "uneven", stand_ins(), list[tuple[int, ...]]()
@@ -667,28 +646,20 @@ def test_what_nothing_can_meet_is_refused_before_anything_is_trained(tuning, tmp
     assert not list(tmp_path.iterdir())  # so other limits can be asked for
 
 
-def test_the_largest_size_that_is_fast_enough_is_tried(tuning: Tuning, tmp_path: Path) -> None:
-    environment = replace(environment_of(stand_ins()), time_export=lambda _, size, *more: 1e-3 * size)
-    choice = tuning(environment=environment, max_latency=0.05)
-    assert {size.image_size for size in choice.sizes} == {32, 48}
+def test_the_largest_size_that_is_fast_enough_is_tried(tuning, tmp_path, monkeypatch) -> None:
+    threads = set[int]()
+
+    def time_export(_: Any, size: int, __: Any, of: int) -> float:
+        threads.add(of)
+        return 1e-3 * size
+
+    monkeypatch.setattr("peft_vit.fit.sizes.cpu_count", lambda: 7)
+    choice = tuning(environment=environment_of(stand_ins(), time_export=time_export), max_latency=0.05)
+    assert ({size.image_size for size in choice.sizes}, threads) == ({32, 48}, {7})
     seconds = {"test_vit": 0.01, "test_vit2": 0.03}
     environment = replace(environment_of(stand_ins()), time_export=lambda architecture, *_: seconds[architecture.name])
     with pytest.raises(UserError, match="the least that would do is 10 ms, test_vit at 32 px"):
         tuning(environment=environment, output=tmp_path / "two", models=tuple(seconds), max_latency=0.005)
-
-
-def test_latency_is_measured_with_all_processors(tuning: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed: list[int] = []
-
-    def time_alone(file: Path, batches: Sequence[int], *, threads: int, rounds: int) -> dict[int, Any]:
-        timed.append(threads)
-        return {1: SimpleNamespace(seconds=(0.01,))}
-
-    monkeypatch.setattr("peft_vit.deploy.export_onnx", lambda *_: None)
-    monkeypatch.setattr("peft_vit.deploy.measures.timing.time_alone", time_alone)
-    monkeypatch.setattr("peft_vit.fit.sizes.cpu_count", lambda: 7)
-    tuning(max_latency=0.05)
-    assert timed == [7]
 
 
 def failing(runner: StandIns, *names: str) -> Environment:

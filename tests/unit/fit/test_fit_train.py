@@ -37,7 +37,7 @@ from peft_vit.fit.calls import RequestFile, earlier_call, write_request
 from peft_vit.fit.costs import LEAST_STEPS, MOST_LAST_STEPS, SIZES_SHARE
 from peft_vit.fit.decide import gain_of_training, posterior_by_size
 from peft_vit.fit.fit import Environment, Fit
-from peft_vit.fit.intake import named_files, refuse_among_images
+from peft_vit.fit.intake import named_files
 from peft_vit.fit.recipe import Recipe, lora
 from peft_vit.fit.request import Advanced, TrainRequest
 from peft_vit.fit.sizes import Regression, SizeResult
@@ -150,14 +150,6 @@ def test_a_fifth_of_what_does_not_test_validates_where_it_tells_enough(begun, mo
     assert without.learning_rate == 2 * validated.learning_rate  # its mean is as high
 
 
-def test_seeds_draw_other_shots_and_leave_the_rest_as_it_is(begun) -> None:
-    studies = [study_of(begun(shots=3, seed=seed)) for seed in (0, 1)]
-    assert [study.seeds for study in studies] == [(0,), (1,)]
-    first, other, again = (load_data(studies[seed].data, seed) for seed in (0, 1, 0))
-    assert first.train.positions.tolist() == again.train.positions.tolist() != other.train.positions.tolist()
-    assert first.validation.positions.tolist() == other.validation.positions.tolist()
-
-
 def test_an_own_test_split_takes_nothing_from_what_trains_nor_does_a_part_of_it(begun, photos) -> None:
     fill(photos, 50, tested=40)
     fit = begun()
@@ -214,13 +206,6 @@ def test_a_class_without_a_test_image_is_named_and_learned(begun, photos) -> Non
     fit = begun()
     assert sum("no test image is of class 'elk'" in str(event) for event in fit.told) == 1
     assert (fit.images.num_test, len(fit.images.index.class_names)) == (6, 3)
-
-
-@pytest.mark.parametrize("place", ["", "runs"])
-def test_an_output_among_the_images_is_refused(tmp_path, place) -> None:
-    with pytest.raises(UserError, match=r"--output: lies in .*, among your images"):
-        refuse_among_images(tmp_path, tmp_path / place)
-    refuse_among_images(tmp_path / "cat", tmp_path / "runs")
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
