@@ -56,7 +56,7 @@ from peft_vit.deploy.page.formatting import joined
 from peft_vit.deploy.post_training import logits_by_type
 from peft_vit.fit.costs import FitCosts
 from peft_vit.fit.intake import LabelledSet
-from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Outcome, Outcomes, Runner, StudyRunner
+from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Outcomes, Runner, StudyRunner
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import Emit, FitRequest, StageBegan
 from peft_vit.runs.costs.estimate import Throughput, product_throughputs
@@ -357,7 +357,11 @@ class Fit:
         found, names = dict[str, BackboneConfig](), list(dict.fromkeys(self.request.models))
         for name in names:
             try:
-                backbone = named_backbone(name, self._weights(name))
+                backbone, weights = named_backbone(name, self.request.weights), self.request.weights
+                if weights is None and backbone.library == "timm":
+                    decide = partial(self._default_weights, backbone.model)
+                    weights = self.once(self.decisions.weights, name, decide)
+                backbone = named_backbone(name, weights)
                 check_weights(backbone)
                 found[name] = backbone
             except UserError as error:
@@ -367,18 +371,11 @@ class Fit:
                 self.emit(f"  {name} can't be loaded: {error.message}")
         return found
 
-    def _weights(self, model: str) -> str | None:
-        backbone = named_backbone(model, self.request.weights)
-        if self.request.weights is not None or backbone.library != "timm":
-            return self.request.weights
-
-        def source() -> str:
-            found, line = default_weights_source(backbone.model)
-            if line:
-                self.emit(f"  {line}")
-            return found
-
-        return self.once(self.decisions.weights, model, source)
+    def _default_weights(self, model: str) -> str:
+        source, line = default_weights_source(model)
+        if line:
+            self.emit(f"  {line}")
+        return source
 
     @cached_property
     def _rates(self) -> dict[Compute, float]:
@@ -548,7 +545,7 @@ class Fit:
         self.run(recipes, range(FOLDS * 2), None)
         for recipe in recipes:
             for seed, outcome in self.frame.rows[recipe].items():
-                self._add_rounded(recipe, seed, outcome, self._kept_logits(outcome.folder))
+                self.frame.add_forms(recipe, seed, self._kept_logits(outcome.folder))
 
     def run(self, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit | None) -> None:
         """Do what is missing of some recipes' runs, all of a seed before the next, as far as there is time.
@@ -617,11 +614,7 @@ class Fit:
                 continue
             if limit.left_s < self.costs.rounding_s(recipe, bits) and seed >= FEWEST_FOLDS:
                 return
-            self._add_rounded(recipe, seed, outcome, self.rounded_logits(outcome.folder, bits))
-
-    def _add_rounded(self, recipe: Recipe, seed: int, outcome: Outcome, by_type: Mapping[Any, Any]) -> None:
-        for bits, logits in by_type.items():
-            self.frame.rows.setdefault(recipe.rounded(bits), {})[seed] = outcome.with_logits(logits)
+            self.frame.add_forms(recipe, seed, self.rounded_logits(outcome.folder, bits))
 
     def rounded_logits(self, folder: Path, bits: Sequence[QuantizationType]) -> dict[QuantizationType, Any]:
         """Return what a run's model says of its test images with rounded weights; each is computed once, and kept."""

@@ -177,6 +177,11 @@ class FoldResults:
         """Return what a recipe came to, seed after seed."""
         return [self.rows[recipe][seed] for seed in self.seeds(recipe)]
 
+    def add_forms(self, recipe: Recipe, seed: int, logits: Mapping[Any, Any]) -> None:
+        """Add what a recipe's outcome is with its weights rounded, by number format."""
+        for bits, own in logits.items():
+            self.rows.setdefault(recipe.rounded(bits), {})[seed] = self.rows[recipe][seed].with_logits(own)
+
     def missing(self, recipe: Recipe, seeds: Sequence[int]) -> list[int]:
         """Return those of some seeds of which it has none."""
         return [seed for seed in seeds if seed not in self.rows.get(recipe, {})]

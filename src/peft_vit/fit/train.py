@@ -352,19 +352,20 @@ def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
 
 
 def _most_promising(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
-    request, given, best_probe = fit.request, fit.request.steps_for(fit.num_train), best_linear_probe(fit, sizes)
+    request, probe = fit.request, best_linear_probe(fit, sizes)
     if request.is_probe:
-        return usual_recipe(fit, best_probe.model, best_probe.image_size), 1.0
-    fewest = 3 if request.start is None else 2  # folds leave two; a training that starts from a run has none
-    if (given is not None or request.from_run is not None) and fit.images.shots < 2:
+        return usual_recipe(fit, probe.model, probe.image_size), 1.0
+    is_given = request.steps_for(fit.num_train) is not None or request.from_run is not None
+    if is_given and fit.images.shots < 2:
         raise UserError("a class has a single image beside the test; add images", file=request.images)
-    too_few = given is None and fit.images.shots < fewest
+    # Folds leave two of three; a training that starts from a run has none.
+    too_few = request.steps_for(fit.num_train) is None and fit.images.shots < (3 if request.start is None else 2)
     fitting = [one for one in sizes if not too_few and one.steps and within_memory(fit, one.probe)]
     if fitting:
         best = max(fitting, key=lambda size: (size.promise, size.image_size if size.score is None else 0))
-        if given is not None or request.from_run is not None or best.promise >= best_probe.expected:
+        if is_given or best.promise >= probe.expected:
             return usual_recipe(fit, best.model, best.image_size, best.steps), best.longer
-    least = fit.costs.least_minutes(usual_recipe(fit, best_probe.model, sizes[0].image_size))
+    least = fit.costs.least_minutes(usual_recipe(fit, probe.model, sizes[0].image_size))
     if request.from_run is not None:  # whose model is better than a probe from the start
         reason = f"no training from {request.from_run} fits; give about {least}, or keep its model"
         raise UserError(reason, field="--minutes")
@@ -374,7 +375,7 @@ def _most_promising(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, floa
     elif fitting:
         why = "a linear probe promises more than the trainings that fit; give more --minutes"
     fit.emit(f"  {why}")
-    return best_probe.probe, 1.0
+    return probe.probe, 1.0
 
 
 def know_by_folds(fit: Fit, recipe: Recipe, probe: Recipe, limit: Limit) -> Recipe:
