@@ -60,16 +60,6 @@ experiments:
       importance_metric: fisher
       update_frequency: 1
       warmup_steps: 2
-  - name: quantized
-    method: qa_lora
-    qa_lora:
-      quantization_bits: 4
-      quantization_type: nf4
-      quantization_schedule: linear
-      gradient_scaling_factor: 1.0
-      use_group_quantization: true
-      group_size: 16
-      rank: 2
 """
 MISSING_DEVICE = "cuda" if not torch.cuda.is_available() else "mps"
 SHA = "0" * 64
@@ -150,6 +140,10 @@ REFUSED: list[tuple[tuple[str, ...], str, str, tuple[str, ...]]] = [
     ((*TRAIN, "--epochs", "0"), "", "", ("error: --epochs: input should be greater", "see peft-vit train --help")),
     ((*TRAIN, "--epochs"), "", "", ("error: --epochs: needs a value",)),
     ((*TRAIN, "--strict=1"), "", "", ("error: --strict: takes no value",)),
+    (("tune", "empty", "--from", "out"), "", "", ("--from: no such option of peft-vit tune; train takes it",)),
+    (("train", "data=photos"), "", "", ("error: data=photos: options are written as --data photos",)),
+    (("train", "empty", "image_size=224"), "", "", ("image_size=224: options are written as --image-size 224",)),
+    (("val", "empty"), "", "", ("no command val; it is peft-vit test",)),
     (("-h",), "", "", ("error: -h: no such option of peft-vit; see peft-vit --help",)),
     (("tune", "nope"), "", "", ("error: nope: does not exist; correct the path",)),
     (("trian",), "", "", ("No such command 'trian'. Did you mean 'train'?",)),

@@ -135,8 +135,6 @@ def test_a_linear_probe_that_is_better_is_delivered_with_folds_of_its_own(traine
     assert row["minutes"] == run.seconds() / 60
     assert row["method"] == "linear probe"
     assert "was done before" in trained(options)
-    told = command(*f"export {run.folder} --bits 2 --rounding nearest --output small.safetensors".split()).out
-    assert f"{len(images)} held-out images" in told  # the probe's own folds
 
     (run.folder / "model.txt").unlink()  # as if the call had ended before the probe
     shutil.rmtree(run.folder / place)

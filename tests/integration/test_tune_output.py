@@ -147,19 +147,6 @@ def test_faults_are_told_as_what_they_are(choice, monkeypatch, tmp_path) -> None
         write_output(choice, tmp_path, lambda _: None)
 
 
-def test_the_page_stands_alone_and_shows_each_mistake(choice, left) -> None:
-    page = left[0].report.read_text()
-    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
-    wrong = int((~right_of(choice.final)).sum())
-    assert wrong > 0
-    strip = min(wrong, 6) + min(len(choice.final.labels) - wrong, 8)
-    doubted = page.count("<img ") - (wrong + strip)  # no map is made of a model that pools by attention
-    assert 0 < doubted <= 12
-    assert "Labels to check" in page
-    sections = ("Compared with", "What more would bring", "Files and speed")
-    assert all(words in page.replace("<wbr>", "") for words in sections)
-
-
 def test_numbers_on_the_sealed_images_are_those_of_the_form_that_is_delivered(choice) -> None:
     calibrated = choice.meaning
     record = with_meaning(final(choice), calibrated, [], choice.final)
