@@ -421,3 +421,9 @@ except SystemExit as end:
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_lists(command, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # narrower, names are folded
+    for name, wanted in (("datasets", "elpv"), ("models", "vit_small_patch14_dinov2")):
+        assert wanted in command(name).out

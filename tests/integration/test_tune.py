@@ -24,6 +24,7 @@ from peft_vit.core.backbones import describe
 from peft_vit.core.config import BackboneConfig, study_from_mapping
 from peft_vit.core.quantization.integers import Int8Matmul
 from peft_vit.core.tasks.classification import ACCURACY
+from peft_vit.data import load_data
 from peft_vit.fit import intake, sizes
 from peft_vit.fit.costs import MOST_STEPS, FitCosts
 from peft_vit.fit.fit import TITLES, Environment, Fit
@@ -587,6 +588,32 @@ def test_a_size_at_which_2_bits_alone_fit_is_left_out_unless_none_has_room_for_m
     )]  # fmt: skip
     assert fitting(11) == {"a": [112, 224]}
     assert fitting(10) == {"a": [112]}
+
+
+def test_sizes_are_compared_by_more_images_where_a_class_is_rare(
+    tuning: Tuning, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_FEWEST", "_FEW"):
+        monkeypatch.setattr(f"peft_vit.fit.costs.{name}", 20)
+    folder, runner, drawn = tmp_path / "uneven", stand_ins(), list[tuple[int, ...]]()
+    for number, file in enumerate(sorted(images.rglob("*.png")) * 5):
+        own = folder / ("rare" if number % 12 == 0 else "usual") / f"{number}.png"
+        own.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.blend(Image.open(file).convert("RGB").resize((32, 32)), Image.fromarray(noise), 0.7).save(own)
+
+    def counting(study: Mapping[str, Any], *given: Any) -> Any:
+        spec = only_run(study)
+        drawn.append(tuple(np.bincount(load_data(spec.data, spec.seed).train.labels)))
+        return runner.regress(study, *given)
+
+    def only_run(study: Mapping[str, Any]) -> Any:
+        return plan_study(study_from_mapping(dict(study), file=Path("sizes")), tmp_path, file=None).runs[0].spec
+
+    tuning(photos=folder, output=tmp_path / "out", environment=environment_of(runner, regress=counting))
+    assert {min(own) for own in drawn} == {3}
+    assert len(set(drawn)) == 1  # all sizes by as many
+    assert sum(drawn[0]) < 100
 
 
 def test_too_little_time_to_train_still_gives_a_model(tuning: Tuning) -> None:
