@@ -8,6 +8,7 @@ import tiny_models
 from PIL import Image
 from written_runs import plan_of, run_and_write, tiny_study
 
+from peft_vit.base.files import write_whole
 from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.odds import ModelEstimate
 from peft_vit.data import find_images
@@ -41,7 +42,7 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Tuning:
     """Do the runs of LoRA on folds, and the last one; its weights are rounded after training."""
     request = TuneRequest(images=images, output=folder, **{"models": (MODEL,), **asked})
     labelled = take_in(request, find_images(images), folder / "images.json")
-    labelled.write()
+    write_whole(labelled.file, labelled.written)
     data = labelled.data(32)
     on_folds = _done("folds-tiny_pool-32", list(range(FOLDS)), data | {"folds": FOLDS}, folder / "studies")
     (final,) = _done("final-tiny_pool-32", [0], data, folder / "studies", features=True)

@@ -22,7 +22,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from peft_vit.base.files import write_atomically
-from peft_vit.cli import GROUPS, app
+from peft_vit.cli import app
+from peft_vit.cli.app import GROUPS
 from peft_vit.core.config import DATASETS, StudyConfig
 
 PAGES = Path(__file__).resolve().parents[1] / "reference"

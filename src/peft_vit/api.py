@@ -160,20 +160,23 @@ class TrainedModel:
         Raises:
             UserError: of an exported file.
         """
-        from peft_vit.runs.records.storage import HTML_FILE
+        from peft_vit.runs.records.storage import DELIVERED_FILE, HTML_FILE
 
         if os.path.isfile(self.path / HTML_FILE):  # `tune` has written it
             return Report(self.path / HTML_FILE)
         if self._run is None:
             raise UserError("is an exported model, without a report; load its run", file=self.path)
-        from peft_vit.data import thumbnails_of
-        from peft_vit.deploy.explain import explained_images
-        from peft_vit.lab.report import build_report
+        file, delivered = self.path / "report" / HTML_FILE, self.path / DELIVERED_FILE
+        written, chosen = (os.path.getmtime(own) if own.is_file() else 0.0 for own in (file, delivered))
+        if not written > chosen:
+            from peft_vit.data import thumbnails_of
+            from peft_vit.deploy.explain import explained_images
+            from peft_vit.fit.calls import called
+            from peft_vit.lab.report import build_report
 
-        report = self.path / "report"
-        page = build_report(self.path, report, thumbnails=thumbnails_of, maps=partial(explained_images, self.path)).html
-        assert page is not None
-        return Report(page)
+            maps = partial(explained_images, self.path)
+            build_report(self.path, file.parent, thumbnails=thumbnails_of, maps=maps, **called(self.path))
+        return Report(file)
 
     def predict(self, images: Images, coverage: float | None = None, *, top: int = 1) -> list[Prediction]:
         """Return each image's class and its probability, and whether the image is unlike all training images.

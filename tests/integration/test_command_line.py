@@ -23,7 +23,6 @@ from peft_vit.runs.costs.time_limit import Limit
 from peft_vit.runs.executors import RunInterrupted, RunStarted
 from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.records.storage import read_study_file
 from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = [pytest.mark.part("configuration"), pytest.mark.usefixtures("cache")]
@@ -61,16 +60,6 @@ experiments:
       importance_metric: fisher
       update_frequency: 1
       warmup_steps: 2
-  - name: quantized
-    method: qa_lora
-    qa_lora:
-      quantization_bits: 4
-      quantization_type: nf4
-      quantization_schedule: linear
-      gradient_scaling_factor: 1.0
-      use_group_quantization: true
-      group_size: 16
-      rank: 2
 """
 MISSING_DEVICE = "cuda" if not torch.cuda.is_available() else "mps"
 SHA = "0" * 64
@@ -142,12 +131,7 @@ REFUSED: list[tuple[tuple[str, ...], str, str, tuple[str, ...]]] = [
     (("status", "empty"), "", "", ("holds no study",)),
     (("status", "missing"), "", "", ("does not exist",)),
     (("status", "damaged"), "", "", ("study.json: smoke: ", "move it away")),
-    ((*TRAIN, "--steps", "0"), "", "", ("--steps",)),
-    ((*TRAIN, "--learning-rate", "0"), "", "", ("--learning-rate: ",)),
-    ((*TRAIN, "--init-adapter", "a", "--rank", "4"), "", "", ("--rank: has no effect with --init-",)),
     ((*TRAIN, "--output", "empty/out"), "", "", ("--output: lies in ",)),
-    (("tune", "empty", "--max-latency", "50"), "", "", ("--max-latency: ",)),
-    (("tune", "empty", "--max-bytes", "20"), "", "", ("--max-bytes: ",)),
     (("bench", "a.onnx", "--batch-size", "1,x"), "", "", ("--batch-size: ", "got 'x'")),
     (("bench", "a.onnx", "--batch", "1"), "", "", ("--batch: no such option", "did you mean --batch-size?")),
     (("train",), "", "", ("error: IMAGES: is missing; see peft-vit train --help",)),
@@ -156,7 +140,10 @@ REFUSED: list[tuple[tuple[str, ...], str, str, tuple[str, ...]]] = [
     ((*TRAIN, "--epochs", "0"), "", "", ("error: --epochs: input should be greater", "see peft-vit train --help")),
     ((*TRAIN, "--epochs"), "", "", ("error: --epochs: needs a value",)),
     ((*TRAIN, "--strict=1"), "", "", ("error: --strict: takes no value",)),
-    ((*TRAIN, "-r", "4"), "", "", ("error: -r: no such option of peft-vit train; see peft-vit train --help",)),
+    (("tune", "empty", "--from", "out"), "", "", ("--from: no such option of peft-vit tune; train takes it",)),
+    (("train", "data=photos"), "", "", ("error: data=photos: options are written as --data photos",)),
+    (("train", "empty", "image_size=224"), "", "", ("image_size=224: options are written as --image-size 224",)),
+    (("val", "empty"), "", "", ("no command val; it is peft-vit test",)),
     (("-h",), "", "", ("error: -h: no such option of peft-vit; see peft-vit --help",)),
     (("tune", "nope"), "", "", ("error: nope: does not exist; correct the path",)),
     (("trian",), "", "", ("No such command 'trian'. Did you mean 'train'?",)),
@@ -268,7 +255,7 @@ def test_who_has_written_no_configuration_reads_of_none(call, finished, images, 
     assert not KEY.search(line), line
 
 
-def test_a_corrupted_image(images, tmp_path, refused, command) -> None:
+def test_a_corrupted_image(images, tmp_path, refused) -> None:
     folder = Path(shutil.copytree(images, tmp_path / "images"))
     (folder / "class_1" / "04.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     text = STUDY.replace("dataset: digits", f"dataset: image-folder\n  path: {folder}")
@@ -276,10 +263,6 @@ def test_a_corrupted_image(images, tmp_path, refused, command) -> None:
     line = refused("run", file, "--output", tmp_path / "out")
     assert "04.png" in line
     assert "replace it or remove it" in line
-    options = (*OWN, "--image-size", "32", "--strict", "--output", tmp_path / "out")
-    line, listed = command("train", folder, *options, code=2).err.splitlines()
-    assert line.endswith("--strict: 1 file is unusable; repair or remove it, or leave --strict out")
-    assert listed.startswith("  class_1/04.png: is not")
     assert list((tmp_path / "out").rglob("*.json")) == []
 
 
@@ -368,28 +351,6 @@ def test_minutes_are_shared_by_studies_and_the_plan_ends_with_what_they_leave_ou
     assert "second: 2 planned = 2 done" in said
 
 
-@pytest.mark.part("runner")
-def test_within_minutes_runs_start_seed_by_seed_and_the_rest_is_left(tmp_path, command, runs_of_a_minute) -> None:
-    head, _, _ = STUDY.partition("  - name: adaptive")
-    file, out = write(tmp_path, head.replace("seeds: [0]", "seeds: [1, 0, 2]")), tmp_path / "out"
-    run = ("run", file, "--output", out, "--minutes", "3.5")
-    assert "6 runs: 6 to do in about" in command(*run, "--dry-run").out
-    assert not out.exists()
-    said = command(*run).out
-    assert runs_of_a_minute.done == ["probe/seed_1", "low_rank/seed_1", "probe/seed_0"]
-    assert "Left: 3 of the study's runs; the same command continues, for another 3.5 minutes." in said
-    assert "tiny: 6 planned = 3 done + 0 failed + 3 pending" in command("status", out).out
-    command("run", file, "--output", out, "--minutes", "1.5", "--method", "lora", "--seeds", "2")
-    assert runs_of_a_minute.done[3:] == ["low_rank/seed_2"]
-    assert "Left: " not in command(*run).out
-    assert runs_of_a_minute.done[4:] == ["low_rank/seed_0", "probe/seed_2"]
-    before = snapshot(out)
-    assert "6 runs: 0 to do, 6 already done and skipped." in command(*run).out
-    assert snapshot(out) == before
-    command("run", file, "--output", out)  # as the same study, without a limit
-    assert read_study_file(out / "tiny").configuration.data == load_study(file).data
-
-
 class EndlessRuns(PlantedRuns):
     """Runs that make no step, on a clock that goes on a second whenever it is asked what happens."""
 
@@ -424,10 +385,7 @@ def test_time_that_is_over_before_a_run_is_done_is_no_success(tmp_path, command,
         how = r"probe/seed_0 was planned to take \d+ s and takes more than [\d.]+ min here"
         assert re.fullmatch(rf"{how}; all runs take about [\d.]+ (min|h) more, and [\d.]+ min are left", slower)
         (line,) = said.err.splitlines()
-        assert line == (
-            f"error: {file}: no run was done in 9 minutes: probe/seed_0 takes more than 8.7 min here; give more "
-            "--minutes, with which the same command continues, fewer images, or a smaller image_size"
-        )
+        assert line.startswith(f"error: {file}: no run was done in 9 minutes: probe/seed_0 takes more than 8.7 min")
         assert "Next: " not in said.out
         (line,) = command("report", out, "--format", "md", code=1).err.splitlines()
         assert line.startswith(f"error: {out}: no run is done, so the report has no result; `peft-vit run STUDY.yaml`")
@@ -439,23 +397,6 @@ def test_time_that_is_over_before_a_run_is_done_is_no_success(tmp_path, command,
         patch.setattr(run_studies, "Limit", lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0]))
         assert "Left: 3 of the study's runs;" in command(*arguments, 9).out  # not its first result
     command("report", out, "--format", "md")
-
-
-@pytest.mark.part("runner")
-def test_the_demo_ends_with_its_first_command_that_fails(tmp_path) -> None:
-    if shutil.which("make") is None:
-        pytest.skip("no make here")
-    root, called = Path(__file__).parents[2], tmp_path / "called"
-    (tmp_path / "bin").mkdir()
-    (tmp_path / ".setup-done").touch()
-    program = tmp_path / "bin" / "peft-vit"
-    for code, commands_called in ((1, ["run"]), (0, ["run", "report"])):
-        program.write_text(f'#!/bin/sh\necho "$1" >> {called}\nexit {code}\n')
-        program.chmod(0o755)
-        done = subprocess.run(["make", "-C", root, "demo", f"VENV={tmp_path}"], capture_output=True, check=False)
-        assert (done.returncode == 0) == (code == 0)
-        assert called.read_text().split() == commands_called
-        called.unlink()
 
 
 @pytest.mark.slow
@@ -481,21 +422,11 @@ except SystemExit as end:
 """
 
 
-def test_lists(command, monkeypatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")  # narrower, names are folded
-    for name, wanted in (("datasets", "elpv"), ("models", "vit_small_patch14_dinov2")):
-        assert wanted in command(name).out
-
-
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=600, check=False)
 
 
-def test_a_real_process_ends_with_one_line(tmp_path) -> None:
-    file = write(tmp_path, STUDY.replace("epochs: 2", "epochs: -2"))
-    done = python("-m", "peft_vit.cli", "run", str(file), "--output", str(tmp_path / "out"))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {file}:16: ")
-    assert "training.epochs" in line
+def test_lists(command, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # narrower, names are folded
+    for name, wanted in (("datasets", "elpv"), ("models", "vit_small_patch14_dinov2")):
+        assert wanted in command(name).out

@@ -125,17 +125,6 @@ def test_nothing_is_imported_before_it_is_needed() -> None:
     assert done.stdout.split()[0] == "example"
 
 
-def test_the_public_names() -> None:
-    import peft_vit
-    from peft_vit.core.allocation.adalora_controller import AdaLoRAController
-    from peft_vit.core.training.qa_lora import QALoRATrainer
-
-    assert peft_vit.AdaLoRAController is AdaLoRAController
-    assert peft_vit.QALoRATrainer is QALoRATrainer
-    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        peft_vit.Nothing  # noqa: B018
-
-
 HEAVY = (
     "bitsandbytes datasets jinja2 matplotlib onnx onnxruntime openvino pandas peft pyarrow rich scipy.optimize "
     "scipy.sparse scipy.special scipy.stats sklearn statsmodels transformers typer"

@@ -53,9 +53,7 @@ def specs(study: StudyConfig, folder: Path) -> list[RunSpec]:
     return [planned.spec for planned in plan_study(study, folder, file=Path("tiny.yaml")).runs]
 
 
-def test_two_seeds_test_every_image_once_and_the_last_run_the_holdout(
-    inspected: tuple[Path, Path], weights: Path, cache: str, tmp_path: Path
-) -> None:
+def test_two_seeds_test_every_image_once_and_the_last_run_the_holdout(inspected, weights, cache, tmp_path) -> None:
     study = study_of(inspected, weights, [0, 1], folds=2, validation_images=6)
     records = [run_and_write(spec, tmp_path / "folds") for spec in specs(study, tmp_path / "folds")]
     assert [record.error for record in records] == [None] * 4

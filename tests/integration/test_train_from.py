@@ -136,16 +136,6 @@ def test_the_model_of_tune_goes_on(photos, weights, tmp_path, command, monkeypat
         assert after.spec.experiment.lora.start == str(tuned / "model" / "adapter.safetensors")
 
 
-def test_a_tuning_that_has_no_model_yet_is_refused(first, tmp_path, command) -> None:
-    (first / "tune.json").write_text(FitFile().model_dump_json())
-    said = command("train", tmp_path / "photos", "--from", first, "--output", tmp_path / "refused", code=2)
-    assert "--from" in said.err
-    assert "is not done" in said.err
-    said = command("tune", tmp_path / "photos", "--from", first, "--output", tmp_path / "refused", code=2)
-    assert "--from: no such option of peft-vit tune; train takes it" in said.err
-    assert not (tmp_path / "refused").exists()
-
-
 def without_dogs(first: Path, images: Path) -> None:
     shutil.rmtree(images / "dog")
 
@@ -161,6 +151,10 @@ def with_groups(first: Path, images: Path) -> None:
     (first / "request.json").write_text(json.dumps(content))
 
 
+def of_a_tuning_without_a_model(first: Path, images: Path) -> None:
+    (first / "tune.json").write_text(FitFile().model_dump_json())
+
+
 def test_what_can_not_be_started_from_is_refused_in_a_line(first, tmp_path, command) -> None:
     images = tmp_path / "photos"
     refused = (
@@ -174,6 +168,7 @@ def test_what_can_not_be_started_from_is_refused_in_a_line(first, tmp_path, comm
         (("--from", first), with_groups, "was split with --group"),
         (("--from", first), of_earlier_version, "is of an earlier version"),
         (("--from", first), without_dogs, "knows class 'dog', of which no image is here"),
+        (("--from", first), of_a_tuning_without_a_model, "--from: is not done"),
     )
     kept = {name: (first / name).read_text() for name in ("images.json", "request.json")}
     for options, change, line in refused:

@@ -17,7 +17,7 @@ import typer
 
 from peft_vit.base.errors import UserError
 from peft_vit.cli import deploy_commands, image_commands, label_command, model_commands, study_commands
-from peft_vit.cli.app import GROUPS, INTERRUPTED, app
+from peft_vit.cli.app import INTERRUPTED, app
 from peft_vit.runs.executors.torchrun import help_first, launch, leading
 
 __all__ = ["app", "main", "user_errors"]
@@ -33,16 +33,8 @@ _OTHER_TOOLS = {"fit": "train", "classify": "train", "val": "test", "evaluate": 
 _AS_VALUES = re.compile(r"([a-z_]+)=(.*)")  # how other tools take options
 
 
-def _group() -> None:
-    commands = {info.callback.__name__: info for info in app.registered_commands if info.callback is not None}
-    names = [name for group in GROUPS.values() for name in group]
-    assert commands.keys() == set(names)
-    app.registered_commands[:] = [commands[name] for name in names]
-    for command in commands.values():
-        command.help = re.sub(r"Exit\s+codes:", "\n\nExit codes:", inspect.cleandoc(command.callback.__doc__ or ""))
-
-
-_group()
+for _command in app.registered_commands:
+    _command.help = re.sub(r"Exit\s+codes:", "\n\nExit codes:", inspect.getdoc(_command.callback) or "")
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:
@@ -111,11 +103,10 @@ def _in_our_words(error: Any) -> UserError:
     if context is None and name is not None:
         fault = "takes no value" if "not take" in error.message else "needs a value"
         return UserError(f"{fault}; {see}", field=name)
-    if getattr(error, "param", None) is not None:
-        is_option = error.param.param_type_name == "option"
-        field = error.param.opts[0] if is_option else error.param.metavar or error.param.name.upper()
-        fault = error.message.removeprefix("Value error, ").rstrip(".")
-        return UserError(f"{fault[:1].lower()}{fault[1:]}; {see}" if fault else f"is missing; {see}", field=field)
+    if (param := getattr(error, "param", None)) is not None:
+        field = param.opts[0] if param.param_type_name == "option" else param.metavar or param.name.upper()
+        fault = error.message.rstrip(".") or "is missing"
+        return UserError(f"{fault[0].lower()}{fault[1:]}; {see}", field=field)
     if name is not None:
         options = [option for param in context.command.params for option in param.opts]
         short = [option for option in options if "".join(word[:1] for word in option[2:].split("-")) == name[2:]]

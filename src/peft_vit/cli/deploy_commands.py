@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import Field, field_validator, model_validator
@@ -23,7 +23,7 @@ from peft_vit.base.console import OnProgress, no_progress, progress, quoted
 from peft_vit.base.errors import UserError, named, printable
 from peft_vit.base.extras import require_extra
 from peft_vit.base.files import into_empty, refuse_existing
-from peft_vit.base.settings import Option, Request, refuse
+from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import OVERWRITE, command
 from peft_vit.core.config import (
     EXPORTS,
@@ -143,17 +143,6 @@ class ExportRequest(Request):
             values = {**values, "format": named_as}
         return values
 
-    @model_validator(mode="after")
-    def _one_run_a_file(self) -> Self:
-        if len(self.runs) > 1 and self.bundle is None:
-            refuse(self, {"runs": f"expected one, got {len(self.runs)}; several go with --bundle"})
-        return self
-
-    @property
-    def directory(self) -> Path:
-        """Return the one folder, without a bundle."""
-        return self.runs[0]
-
     @property
     def number_format(self) -> str | None:
         """Return what --bits asks for."""
@@ -183,7 +172,7 @@ class ExportRequest(Request):
             if self.format == "history":
                 raise UserError("is missing, which --format history needs; add it", field="--output")
             ending = ".html" if self.single else ending
-            return self.format, self.directory / (f"model{ending}" if ending else self.format)
+            return self.format, self.runs[0] / (f"model{ending}" if ending else self.format)
         if self.single and self.output.suffix != ".html":
             raise UserError("expected a name that ends in .html", file=self.output, field="--output")
         if not ending and (named_as := format_of_name(self.output)):
@@ -202,7 +191,10 @@ def export(request: ExportRequest) -> None:
     if request.bundle is not None:
         _export_bundle(request, request.bundle)
         return
-    directory, (format, output) = request.directory, request.target()
+    directory, *others = request.runs
+    if others:
+        raise UserError(f"expected one, got {len(request.runs)}; several go with --bundle", field="RUN")
+    format, output = request.target()
     if format == "history":
         from peft_vit.lab.report.result_tables import export_history
 
@@ -215,9 +207,12 @@ def export(request: ExportRequest) -> None:
         print("This is the adapter alone. To load it, you need the base model that its peft_vit.json names.")
         _print_next(output, " --weights FILE" if card.weights_name.startswith("file ") else "")
     else:
-        write = _write_page if format == "web" else _write_file
+        page = None
         with progress(f"opening {directory}", sys.stderr) as on_progress:
-            done, page = write(request, format, output, on_progress)
+            if format == "web":
+                done, page = _write_page(request, output, on_progress)
+            else:
+                done = _write_file(request, format, output, on_progress)
         _print_export(done, request.number_format, output)
         if (format, request.runtime, request.number_format) == ("onnx", None, "nf4"):
             print("nf4 weights stay packed in memory, which is slower than float32; --runtime fast is as fast.")
@@ -249,26 +244,24 @@ def _export_bundle(request: ExportRequest, folder: Path) -> None:
     _print_next(folder, f" --adapter {quoted(done[0].name)}")
 
 
-def _write_file(request: ExportRequest, format: str, output: Path, on_progress: OnProgress) -> tuple[Exported, None]:
+def _write_file(request: ExportRequest, format: str, output: Path, on_progress: OnProgress) -> Exported:
     from peft_vit.deploy.export import OnnxOptions, export_run_to_file
 
-    options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
-    bits, rounding, overwrite = request.number_format, request.rounding, request.overwrite
     return export_run_to_file(
-        request.directory,
+        request.runs[0],
         output,
         format,
-        options,
-        bits=bits,
-        rounding=rounding,
-        overwrite=overwrite,
+        OnnxOptions(request.runtime, request.activations, request.accept_loss),
+        bits=request.number_format,
+        rounding=request.rounding,
+        overwrite=request.overwrite,
         on_progress=on_progress,
-    ), None
+    )
 
 
-def _write_page(request: ExportRequest, format: str, output: Path, on_progress: OnProgress) -> tuple[Exported, Path]:
+def _write_page(request: ExportRequest, output: Path, on_progress: OnProgress) -> tuple[Exported, Path]:
     for extra in ("onnx", "report"):
-        require_extra(extra, f"--format {format}")
+        require_extra(extra, "--format web")
     from peft_vit.deploy import open_exported
     from peft_vit.deploy.page.web_page import MODEL_FILE, runtime_files, write_web_page
 
@@ -277,7 +270,7 @@ def _write_page(request: ExportRequest, format: str, output: Path, on_progress: 
     runtime = runtime_files(request.runtime_files) if request.is_offline else None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
-        done, _ = _write_file(request, "onnx", file, on_progress)
+        done = _write_file(request, "onnx", file, on_progress)
         return done, write_web_page(output, file.read_bytes(), open_exported(file).card, runtime)
 
 

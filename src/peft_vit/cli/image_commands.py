@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +23,6 @@ from peft_vit.fit.request import GROUP, IMAGES, MODEL, WEIGHTS
 if TYPE_CHECKING:
     from torch import nn
 
-    from peft_vit.core.records import RunRecord
     from peft_vit.deploy import ExportMetadata
     from peft_vit.deploy.page.document import StudyDocument
 
@@ -55,7 +53,7 @@ def test(request: LabelledRequest) -> None:
     from peft_vit.data.pixels import thumbnail
     from peft_vit.deploy.page.quality import later_lines
     from peft_vit.deploy.testing import score_images
-    from peft_vit.runs.records.storage import tuned_model
+    from peft_vit.runs.records.storage import RECORD_FILE, read_record, single_run, tuned_model
 
     images, file = find_images(request.images), tuned_model(request.model) or request.model
     with progress(f"opening {request.model}", sys.stderr):
@@ -63,7 +61,9 @@ def test(request: LabelledRequest) -> None:
     card = classifier.card
     if images.task is not TASKS[card.task]:
         images = find_images(request.images, card.task)
-    record = _record_of(file, card.run)
+    beside = (folder / RECORD_FILE for folder in (single_run(file), file.parent))  # where the run that made it may lie
+    records = [read_record(place) for place in beside if place.is_file()]
+    record = next((own for own in records if own.spec.run_id == card.run), None)
     trained_on = None if record is None else record.spec.data.path
     if not images.tested and trained_on and Path(trained_on).resolve() == images.path.resolve():
         reason = "holds the images that the model was trained on; name others. Its page has its own test"
@@ -107,15 +107,6 @@ def _write_images_page(document: Callable[[], StudyDocument], use: str, output: 
     print(f"Page: {written.html}")
 
 
-def _record_of(model: Path, run: str) -> RunRecord | None:
-    """Return the record of the run that made a model, in its folder or beside its file; None: it is not there."""
-    from peft_vit.runs.records.storage import RECORD_FILE, read_record, single_run
-
-    files = [folder / RECORD_FILE for folder in (single_run(model), model.parent)]
-    records = [read_record(file) for file in files if os.path.isfile(file)]
-    return next((record for record in records if record.spec.run_id == run), None)
-
-
 # --- embed ------------------------------------------------------------------------------------------------------------
 
 
@@ -136,13 +127,6 @@ class _FeaturesRequest(Request):
         description="The side of a pretrained model's square input, in pixels. Without it, 224, or less of a model for "
         "smaller images. A trained model has its own.",
     )
-
-    @property
-    def is_trained(self) -> bool:
-        """Return whether the model is one that was trained, not a pretrained one."""
-        from peft_vit.api import is_trained
-
-        return is_trained(self.model)
 
     def opened(self) -> tuple[nn.Module, ExportMetadata]:
         """Return the model, and how it takes images."""
@@ -279,6 +263,7 @@ def review(request: ReviewRequest) -> None:
     Models predict images that they were not trained on. Nothing of yours is changed without --page or --undo. Exit
     codes: 0 done, 2 bad input.
     """
+    from peft_vit.api import is_trained
     from peft_vit.data.pixels import thumbnail
     from peft_vit.deploy.page.printed import print_blocks
     from peft_vit.fit.intake import refuse_among_images
@@ -300,7 +285,7 @@ def review(request: ReviewRequest) -> None:
         return
     if request.page:
         require_extra("label", "The page")
-    if request.is_trained:
+    if is_trained(request.model):
         if request.image_size is not None or request.weights is not None:
             reason = "have no effect with what was trained; leave them out"
             raise UserError(reason, field="--image-size, --weights")

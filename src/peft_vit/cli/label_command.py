@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,8 +18,6 @@ from peft_vit.cli.app import command
 from peft_vit.core.config import TASKS_SAID, TaskName
 
 if TYPE_CHECKING:
-    from peft_vit.label.images import ImageFolder
-    from peft_vit.label.labels import LabelStore
     from peft_vit.label.server import LabelServer
 
 
@@ -55,7 +52,6 @@ class LabelRequest(Request):
     to_label_studio: Path | None = Field(default=None, description="Write Label Studio's JSON to this file, and end.")
     from_label_studio: Path | None = Field(default=None, description="Take labels from Label Studio's JSON, and end.")
 
-    @cached_property
     def classes(self) -> tuple[str, ...]:
         """Return those that the model knows; without one none.
 
@@ -94,7 +90,7 @@ def label(request: LabelRequest) -> None:
     from peft_vit.label.images import ImageFolder
     from peft_vit.label.labels import LabelStore
 
-    request.classes  # noqa: B018 - refuses a model that can't be used, before anything is read
+    classes = request.classes()  # refuses a model that can't be used, before anything is read
     images = ImageFolder(request.images)
     store = LabelStore(images.root, request.task)
     if taken := adopt(store, images, request.ignore_folders):
@@ -107,29 +103,25 @@ def label(request: LabelRequest) -> None:
     elif request.to_folders is not None:
         print(f"{to_folders(store, images, request.to_folders):,} images: {request.to_folders}")
     else:
-        _serve(request, store, images)
+        from peft_vit.label.features import FolderFeatures
+        from peft_vit.label.server import LabelServer, listen
+        from peft_vit.label.session import Session
 
-
-def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> None:
-    from peft_vit.label.features import FolderFeatures
-    from peft_vit.label.server import LabelServer, listen
-    from peft_vit.label.session import Session
-
-    listening = listen(request.host, request.port)
-    features = FolderFeatures(images, request.model)
-    session, stop = Session(store, images, features, request.order, request.classes), threading.Event()
-    threading.Thread(target=session.work, args=(stop,), daemon=True).start()
-    if request.host not in ("127.0.0.1", "localhost"):
-        print("The connection is plain http: all who can read your network see images and labels.", file=sys.stderr)
-    try:
-        serve_page(LabelServer(session, listening), in_browser=not request.no_browser)
-    finally:
-        stop.set()
-        features.stop()
-    if session.training.is_running:
-        print("The training continues; the same command shows it again.")
-    if store.rows:
-        print(f"{len(store.rows):,} images: {store.file}\nTrain: peft-vit tune {quoted(store.file)}")
+        listening = listen(request.host, request.port)
+        features = FolderFeatures(images, request.model)
+        session, stop = Session(store, images, features, request.order, classes), threading.Event()
+        threading.Thread(target=session.work, args=(stop,), daemon=True).start()
+        if request.host not in ("127.0.0.1", "localhost"):
+            print("The connection is plain http: all who can read your network see images and labels.", file=sys.stderr)
+        try:
+            serve_page(LabelServer(session, listening), in_browser=not request.no_browser)
+        finally:
+            stop.set()
+            features.stop()
+        if session.training.is_running:
+            print("The training continues; the same command shows it again.")
+        if store.rows:
+            print(f"{len(store.rows):,} images: {store.file}\nTrain: peft-vit tune {quoted(store.file)}")
 
 
 def serve_page(server: LabelServer, *, in_browser: bool = True) -> None:

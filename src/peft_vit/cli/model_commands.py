@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import shutil
 import sys
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,12 +15,18 @@ import typer
 from pydantic import BeforeValidator, Field
 
 from peft_vit.base.console import progress, some_of
+from peft_vit.base.errors import printable
+from peft_vit.base.extras import EXTRAS, missing_packages
+from peft_vit.base.packages import cache_dir
 from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import OVERWRITE, ROWS_FILE, app, command
 from peft_vit.core.config import EXPORTS, OnlyWith, named_backbone, several
 from peft_vit.fit.request import MODEL
 
 EXAMPLES = Path(__file__).parents[1] / "core" / "config" / "examples"
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "huggingface_hub", "safetensors")
+_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+_GB = 1e9
 
 
 class BenchRequest(Request):
@@ -140,12 +151,50 @@ def doctor() -> None:
 
     Exit codes: 0 studies can run, 1 something that they need is missing or broken.
     """
-    from peft_vit.cli.doctor import examine
 
-    is_well = True
-    for line in examine():
-        print(line, flush=True)
-        is_well &= not line.is_fault
+    def say(name: str, text: str) -> None:
+        print(printable(f"{name:<13} {text}"), flush=True)
+
+    say("peft-vit", f"{metadata.version('peft-vit')}, {Path(__file__).parent}")
+    say("Python", f"{platform.python_version()}, {sys.executable}")
+    versions = dict.fromkeys(_PACKAGES, "is missing")
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    is_well = "is missing" not in versions.values()
+    packages = ", ".join(map(" ".join, versions.items()))
+    say("packages", packages if is_well else f"{packages}; run: pip install peft-vit")
+    say("system", platform.platform())
+    try:
+        import psutil
+        import torch
+
+        from peft_vit.runs.this_machine import machine
+
+        device, memory = machine.resolve_device("auto"), psutil.virtual_memory()
+        of_gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+        say("device", f"auto is {device}{of_gpu}; {machine.bf16_support(device).reason}")
+        say("processor", f"{machine.processor_name()}, {machine.cpu_count()} usable of {os.cpu_count()}")
+        kernels = torch.backends.cpu.get_cpu_capability()
+        say("instructions", f"{', '.join(machine.instruction_sets()) or 'unknown'}; PyTorch's kernels: {kernels}")
+        limits = ", ".join(f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ)
+        say("threads", f"{torch.get_num_threads()} in PyTorch; {limits or 'no limit is set'}")
+        say("memory", f"{memory.total / _GB:.1f} GB, {memory.available / _GB:.1f} GB available")
+    except Exception as error:  # a broken library can fail in any way, and this is where one looks then
+        say("machine", f"unknown: {type(error).__name__}: {error}")
+        is_well = False
+    folder = cache_dir()
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    size = sum(file.stat().st_size for file in files)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    writable = "" if os.access(there, os.W_OK) else ", not writable: set PEFT_VIT_CACHE to a folder that is"
+    free = shutil.disk_usage(there).free
+    say("cache", f"{folder}, {size / _GB:.2f} GB in {len(files)} files, {free / _GB:.0f} GB free{writable}")
+    missing = {name: missing_packages(name) for name in EXTRAS}
+    say("extras", ", ".join(name for name in EXTRAS if not missing[name]) or "none")
+    for name, lacks in missing.items():
+        if lacks:
+            say("", f"{name} needs {', '.join(lacks)}; run: pip install 'peft-vit[{name}]'")
     if not is_well:
         raise typer.Exit(1)
 

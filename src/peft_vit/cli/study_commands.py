@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from pydantic import Field
@@ -47,8 +47,16 @@ def run(request: RunRequest) -> None:
 
     if request.dry_run:
         plan_studies(request)
-    else:
-        _sum_up(run_studies(request), request.results_dir)
+        return
+    failed = run_studies(request)
+    print(f"Records: {request.results_dir}\nNext: peft-vit report {request.results_dir}")
+    if failed:
+        from peft_vit.runs.scheduling.display import counted
+
+        print(f"{counted(len(failed), 'run')} failed:", file=sys.stderr)
+        for run_id, reason in failed.items():
+            print(f"  {run_id}: {reason}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @command(StudiesRequest, names_keys=True)
@@ -101,33 +109,17 @@ def train(request: TrainRequest) -> None:
 
 
 def _page_of(folder: Path) -> Path | None:
-    """Return the page of a call's model, written if there is none of it yet; None if it can't be written here."""
+    """Return the page of a call's model; None if it can't be written here."""
+    from peft_vit.api import TrainedModel
     from peft_vit.base.extras import missing_packages
-    from peft_vit.runs.records.storage import DELIVERED_FILE, HTML_FILE
 
-    file, delivered = folder / "report" / HTML_FILE, folder / DELIVERED_FILE
-    if file.is_file() and not (delivered.is_file() and delivered.stat().st_mtime_ns > file.stat().st_mtime_ns):
-        return file
     if missing_packages("report"):
         return None
-    from peft_vit.deploy.explain import explained_images
-    from peft_vit.lab.report import build_report
-
     try:
         with progress("writing the page"):
-            return build_report(
-                folder, file.parent, thumbnails=_thumbnails, maps=partial(explained_images, folder), **_call_of(folder)
-            ).html
+            return TrainedModel(folder).report.path
     except UserError:  # the model is there all the same
         return None
-
-
-def _call_of(folder: Path) -> dict[str, Any]:
-    """Return the command of `train` that made a folder, and its seconds; nothing if none did."""
-    from peft_vit.fit.calls import train_runs
-
-    calls = (call for call in train_runs(folder.parent) if call.folder.resolve() == folder.resolve())  # or `latest`
-    return next(({"call": call.command, "seconds": call.seconds()} for call in calls), {})
 
 
 @app.command()
@@ -218,17 +210,6 @@ def _shown(request: TrainRequest | TuneRequest, started: float) -> Iterator[Call
         raise SystemExit(INTERRUPTED) from None
 
 
-def _sum_up(failed: dict[str, str], results_dir: Path) -> None:
-    print(f"Records: {results_dir}\nNext: peft-vit report {results_dir}")
-    if failed:
-        from peft_vit.runs.scheduling.display import counted
-
-        print(f"{counted(len(failed), 'run')} failed:", file=sys.stderr)
-        for run_id, reason in failed.items():
-            print(f"  {run_id}: {reason}", file=sys.stderr)
-        raise typer.Exit(1)
-
-
 def _thumbnails(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
     """Get pictures of a run's images, if they are on this machine; only here does a report need torch."""
     try:
@@ -267,6 +248,7 @@ def report(
     """
     with progress("writing the report", sys.stderr):
         from peft_vit.deploy.explain import explained_images
+        from peft_vit.fit.calls import REQUEST_FILE, called
         from peft_vit.lab.report import build_report
         from peft_vit.runs.records.storage import resolve_latest
 
@@ -278,7 +260,7 @@ def report(
             publication=publication,
             thumbnails=_thumbnails if page and examples else None,
             maps=partial(explained_images, results_dir) if page and examples else None,
-            **_call_of(results_dir),
+            **called(results_dir),
         )
     if page:
         print(f"Report: {files.html}")
@@ -286,8 +268,6 @@ def report(
     for line in files.results.lines():
         print(line, file=sys.stderr)
     if not any(study.runs for study in files.results.studies):
-        from peft_vit.fit.calls import REQUEST_FILE
-
         does = "the same `peft-vit train`" if (results_dir / REQUEST_FILE).is_file() else "`peft-vit run STUDY.yaml`"
         reason = (
             f"no run is done, so the report has no result; {does} does what is left, and `peft-vit status` names it"

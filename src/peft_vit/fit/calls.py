@@ -29,7 +29,7 @@ from peft_vit.runs.records.progress import (
     run_status,
     study_lock,
 )
-from peft_vit.runs.records.storage import DELIVERED_FILE, RECORD_FILE, read_record, read_study_file, single_run
+from peft_vit.runs.records.storage import RECORD_FILE, read_record, read_study_file, single_run
 
 if TYPE_CHECKING:
     from peft_vit.data import ImageIndex
@@ -168,15 +168,6 @@ class TrainRun:
         """Return what all of its stages took."""
         return 0.0 if self._fit is None else sum(self._fit.seconds.values())
 
-    def forget(self, *files: Path) -> None:
-        """Remove what was written before anything was trained."""
-        for file in (self.folder / REQUEST_FILE, *files):
-            file.unlink(missing_ok=True)
-
-    def deliver(self, run_folder: Path) -> None:
-        """Say that its model is that of a run."""
-        write_whole(self.folder / DELIVERED_FILE, f"{run_folder.relative_to(self.folder).as_posix()}\n".encode())
-
 
 def train_runs(output: Path) -> list[TrainRun]:
     """Return the calls whose folders lie in a directory, in their order; what is none of them is passed over."""
@@ -187,6 +178,12 @@ def train_runs(output: Path) -> list[TrainRun]:
                 asked = RequestFile.model_validate_json(read_bytes(folder / REQUEST_FILE))
                 runs[int(match[1]), folder.name] = TrainRun(folder, asked)
     return [runs[key] for key in sorted(runs)]
+
+
+def called(folder: Path) -> dict[str, Any]:
+    """Return the command of `train` that made a folder, and its seconds; nothing if none did."""
+    calls = (call for call in train_runs(folder.parent) if call.folder.resolve() == folder.resolve())  # or `latest`
+    return next(({"call": call.command, "seconds": call.seconds()} for call in calls), {})
 
 
 def earlier_call(asked: RequestFile) -> tuple[TrainRun | None, str]:

@@ -130,10 +130,6 @@ class FitCosts:
             fit.save()
         return decided
 
-    def regression_s(self, recipe: Recipe, images: int) -> float:
-        """Return the seconds of a size's regression on so many images, as they are."""
-        return images * self.image_s(recipe) + self.fits_s(recipe, images, ways=1)
-
     def features_s(self, recipe: Recipe) -> float:
         """Return the seconds of the features of all images that are trained on, as training shows them."""
         if self.fit.flips == "none" and self.fit.decisions.compared_images == self.fit.images.num_dev:

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -56,7 +56,7 @@ from peft_vit.deploy.measures.timing import time_random
 from peft_vit.deploy.page.formatting import joined
 from peft_vit.fit.costs import FitCosts
 from peft_vit.fit.intake import LabelledSet
-from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Outcome, Outcomes, Runner, StudyRunner
+from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Outcomes, Runner, StudyRunner
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import Emit, FitRequest, StageBegan
 from peft_vit.runs.costs.estimate import Throughput, product_throughputs
@@ -193,7 +193,6 @@ class FitFile(BaseModel):
             return None
 
 
-@dataclass
 class Fit:
     """What all stages share.
 
@@ -201,7 +200,7 @@ class Fit:
         request: what was asked for.
         emit: gets what happens, see `events`.
         environment: see there.
-        limit: the time of this call, which begins now.
+        limit: the time of this call, from when it was started; now, if nobody says when.
         folder: of everything that is written; the output, until it is known.
         lock: on the folder, of a call of `train`.
         file: what is kept.
@@ -212,31 +211,29 @@ class Fit:
         output_pace: of this call's models and pages that were written.
         failed: recipes of which every run failed in this call.
         opened: what is closed at the end of the call.
-        started: when it was called, on the clock; None: now.
+        images: that everything is fitted to, once they were looked at.
+        frame: what recipes came to on folds of these.
+        carry_out: does the runs of a study.
     """
 
-    request: FitRequest
-    emit: Emit
-    environment: Environment = field(default_factory=Environment)
-    limit: Limit = field(init=False)
-    folder: Path = field(init=False)
-    lock: StudyLock | None = None
-    file: FitFile = field(default_factory=FitFile)
-    begun: bool = False
-    pace: Pace = field(default_factory=Pace)
-    image_paces: dict[str, Pace] = field(default_factory=dict)
-    fit_pace: Pace = field(default_factory=Pace)
-    output_pace: Pace = field(default_factory=Pace)
-    failed: set[Recipe] = field(default_factory=set)
-    opened: ExitStack = field(default_factory=ExitStack)
-    started: InitVar[float | None] = None
-    _counted_until: float | None = None
+    images: LabelledSet
+    frame: FoldResults
+    carry_out: Runner
 
-    def __post_init__(self, started: float | None) -> None:
+    def __init__(
+        self, request: FitRequest, emit: Emit, environment: Environment | None = None, started: float | None = None
+    ) -> None:
+        self.request, self.emit, self.environment = request, emit, environment or Environment()
         clock = self.environment.clock
-        self.limit = Limit(self.request.minutes, clock() if started is None else started, clock)
-        self.folder = self.request.output
-        self.file.threads = self.request.threads or cpu_count()
+        self.limit = Limit(request.minutes, clock() if started is None else started, clock)
+        self.folder = request.output
+        self.lock: StudyLock | None = None
+        self.file, self.begun = FitFile(threads=request.threads or cpu_count()), False
+        self.pace, self.fit_pace, self.output_pace = Pace(), Pace(), Pace()
+        self.image_paces = dict[str, Pace]()
+        self.failed = set[Recipe]()
+        self.opened = ExitStack()
+        self._counted_until = self.limit.started
 
     def enter(self, folder: Path, lock: StudyLock | None = None) -> None:
         """Begin in a folder, or continue with what it holds.
@@ -273,7 +270,7 @@ class Fit:
     def stage(self, name: str) -> Iterator[None]:
         """Say that a stage begins, and count the seconds since the last one, or the call, however it ends."""
         self.emit(StageBegan(TITLES[name], self.limit.left_s))
-        started, seconds = self._counted_until or self.limit.started, self.file.seconds
+        started, seconds = self._counted_until, self.file.seconds
         try:
             yield
         finally:
@@ -303,10 +300,6 @@ class Fit:
             write_whole(self.file_path, (self.file.model_dump_json(indent=1) + "\n").encode())
 
     # --- images, models and what runs share ---
-
-    images: LabelledSet = field(init=False)
-    frame: FoldResults = field(init=False)
-    carry_out: Runner = field(init=False)
 
     def begin(self, images: LabelledSet) -> None:
         """Take in the images that everything is fitted to."""
@@ -361,36 +354,28 @@ class Fit:
         Raises:
             UserError: if none can be loaded, with the reason of the last.
         """
-        found: dict[str, BackboneConfig] = {}
-        fault: UserError | None = None
-        for name in dict.fromkeys(self.request.models):
+        found, names = dict[str, BackboneConfig](), list(dict.fromkeys(self.request.models))
+        for name in names:
             try:
-                backbone = named_backbone(name, self._weights(name))
+                backbone, weights = named_backbone(name, self.request.weights), self.request.weights
+                if weights is None and backbone.library == "timm":
+                    decide = partial(self._default_weights, backbone.model)
+                    weights = self.once(self.decisions.weights, name, decide)
+                backbone = named_backbone(name, weights)
                 check_weights(backbone)
-            except UserError as error:
-                fault = error
-                if len(self.request.models) > 1:
-                    self.emit(f"  {name} can't be loaded: {error.message}")
-            else:
                 found[name] = backbone
-        if not found:
-            assert fault is not None
-            own = self.request.weights not in (None, *get_args(WeightsSource))
-            raise fault.about("--weights") if own else fault
+            except UserError as error:
+                if name == names[-1] and not found:
+                    own = self.request.weights not in (None, *get_args(WeightsSource))
+                    raise error.about("--weights") if own else error from None
+                self.emit(f"  {name} can't be loaded: {error.message}")
         return found
 
-    def _weights(self, model: str) -> str | None:
-        backbone = named_backbone(model, self.request.weights)
-        if self.request.weights is not None or backbone.library != "timm":
-            return self.request.weights
-
-        def source() -> str:
-            found, line = default_weights_source(backbone.model)
-            if line:
-                self.emit(f"  {line}")
-            return found
-
-        return self.once(self.decisions.weights, model, source)
+    def _default_weights(self, model: str) -> str:
+        source, line = default_weights_source(model)
+        if line:
+            self.emit(f"  {line}")
+        return source
 
     @cached_property
     def _rates(self) -> dict[Compute, float]:
@@ -407,11 +392,10 @@ class Fit:
     def compute(self) -> Compute:
         """Return how frozen layers multiply in all runs, decided once."""
         if self.decisions.compute is None and self.request.compute != "float":
-            chosen, rates = next(iter(self._rates)), self._rates
-            if chosen == "int8" and "float" in rates:
-                gain = rates["int8"] / rates["float"]
+            self.decisions.compute = next(iter(self._rates))
+            if self.decisions.compute == "int8" and "float" in self._rates:
+                gain = self._rates["int8"] / self._rates["float"]
                 self.emit(f"  frozen layers multiply 8-bit integers, which is {gain:.1f} times as fast here")
-            self.decisions.compute = chosen
             self.save()
         return self.decisions.compute or "float"
 
@@ -518,7 +502,12 @@ class Fit:
             if "epochs" in training:
                 del training["steps"]
             if last and self.num_validation:
-                training |= self._validated(recipe) if "epochs" not in training else {"keep": "last"}
+                training["keep"] = "last"
+                if "epochs" not in training:
+                    every = min(validate_every(self.num_validation, request.batch_size), recipe.steps)
+                    training |= {"validate_every": every, "patience": max(5, -(-_PATIENCE_STEPS // every))}
+                    training["schedule"] = "warmup_stable_decay"
+                    training["learning_rate"] = recipe.rate / 2 if request.learning_rate is None else recipe.rate
         if request.start is not None and not recipe.is_probe:
             sections: dict[str, Any] = {"lora": {"start": str(request.start)}}
         else:
@@ -528,31 +517,18 @@ class Fit:
             training |= self._within_memory(recipe, experiment)
         return experiment
 
-    def _validated(self, recipe: Recipe) -> dict[str, Any]:
-        every = min(validate_every(self.num_validation, self.request.batch_size), recipe.steps)
-        patience = max(5, -(-_PATIENCE_STEPS // every))
-        return {
-            "learning_rate": recipe.rate / 2 if self.request.learning_rate is None else recipe.rate,
-            "validate_every": every,
-            "keep": "last",
-            "schedule": "warmup_stable_decay",
-            "patience": patience,
-        }
-
     def _within_memory(self, recipe: Recipe, experiment: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings of training that keep within the limit of memory, measured on this method."""
-        limit = {"memory_limit": self.request.memory_limit}
-        limited = {**experiment, "training": {**experiment["training"], **limit}}
 
         def decide() -> dict[str, Any]:
+            limited = {**experiment, "training": experiment["training"] | {"memory_limit": self.request.memory_limit}}
             study = study_from_mapping(self.study("memory", recipe, [0], [limited]), file=self.request.images)
             measure = partial(measure_step, log=lambda text: self.emit(f"  {text}"))
             plan = plan_study(study, self.studies, file=None, measure_step=measure)
             for line in plan.memory:
                 self.emit(f"  {line}")
-            settings = {"activation_checkpointing", "recomputed_blocks", "micro_batch_size"}
-            training = plan.study.experiments[0].training
-            return {**limit, **training.model_dump(include=settings, exclude_none=True)}
+            settings = {"memory_limit", "activation_checkpointing", "recomputed_blocks", "micro_batch_size"}
+            return plan.study.experiments[0].training.model_dump(include=settings, exclude_none=True)
 
         try:
             return self.once(self.decisions.memory, recipe.place, decide)
@@ -569,7 +545,7 @@ class Fit:
         self.run(recipes, range(FOLDS * 2), None)
         for recipe in recipes:
             for seed, outcome in self.frame.rows[recipe].items():
-                self._add_rounded(recipe, seed, outcome, self._kept_logits(outcome.folder))
+                self.frame.add_forms(recipe, seed, self._kept_logits(outcome.folder))
 
     def run(self, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit | None) -> None:
         """Do what is missing of some recipes' runs, all of a seed before the next, as far as there is time.
@@ -638,11 +614,7 @@ class Fit:
                 continue
             if limit.left_s < self.costs.rounding_s(recipe, bits) and seed >= FEWEST_FOLDS:
                 return
-            self._add_rounded(recipe, seed, outcome, self.rounded_logits(outcome.folder, bits))
-
-    def _add_rounded(self, recipe: Recipe, seed: int, outcome: Outcome, by_type: Mapping[Any, Any]) -> None:
-        for bits, logits in by_type.items():
-            self.frame.rows.setdefault(recipe.rounded(bits), {})[seed] = outcome.with_logits(logits)
+            self.frame.add_forms(recipe, seed, self.rounded_logits(outcome.folder, bits))
 
     def rounded_logits(self, folder: Path, bits: Sequence[QuantizationType]) -> dict[QuantizationType, Any]:
         """Return what a run's model says of its test images with rounded weights; each is computed once, and kept."""

@@ -6,16 +6,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from peft_vit.base.console import no_progress
-from peft_vit.base.errors import UserError
+from peft_vit.base.errors import UserError, foreign_fault
 from peft_vit.base.files import read_bytes, write_whole
 from peft_vit.core.adapters.peft_format import start_sha256
 from peft_vit.core.backbones import (
@@ -136,9 +136,10 @@ class LabelledSet:
         place = {"path": str(images.path.absolute()), "images_file": str(self.file.absolute())}
         return {"dataset": images.dataset, **place, "image_size": image_size}
 
-    def write(self) -> None:
-        """Write the file that studies name as `data.images_file`."""
-        write_whole(self.file, self.content.model_dump_json(indent=1).encode())
+    @property
+    def written(self) -> bytes:
+        """Return the content as the file has it."""
+        return self.content.model_dump_json(indent=1).encode()
 
     def keep_pixels(self, study: StudyConfig) -> None:
         """Put what was decoded where the study's runs find it."""
@@ -204,24 +205,16 @@ def keep_images(fit: Fit) -> None:
     """
     fit.images = images = replace(fit.images, file=(fit.folder / IMAGES_FILE).absolute())
     if fit.begun:
-        _refuse_others(images)
-    if fit.begun or not images.file.exists():
-        images.write()
-    elif read_bytes(images.file) != images.content.model_dump_json(indent=1).encode():
+        with foreign_fault("can't be read", images.file, remedy="choose another --output"):
+            kept = json.loads(read_bytes(images.file))
+        now = images.content.model_dump(mode="json", exclude={"left_out", "asked", "digests", "labels"})
+        if changed := [name for name in now if kept.get(name) != now[name]]:
+            what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
+            message = f"holds other images than when {fit.folder} was begun: {what}; put them back, or choose another"
+            raise UserError(f"{message} --output", file=images.inspection.path)
+    elif images.file.exists() and read_bytes(images.file) != images.written:
         raise UserError("exists already, of other images; move it away, or choose another --output", file=images.file)
-
-
-def _refuse_others(images: LabelledSet) -> None:
-    try:
-        kept = json.loads(read_bytes(images.file))
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't be read ({error}); choose another --output", file=images.file) from None
-    now = images.content.model_dump(mode="json", exclude={"left_out", "asked", "digests", "labels"})
-    if changed := [name for name in now if kept.get(name) != now[name]]:
-        what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
-        place = images.file.parent
-        message = f"holds other images than when {place} was begun: {what}; put them back, or choose another"
-        raise UserError(f"{message} --output", file=images.inspection.path)
+    write_whole(images.file, images.written)
 
 
 def sizes_to_try(architecture: Architecture) -> list[int]:
@@ -268,31 +261,23 @@ def take_in(
     least = request.least_of_a_class[1 if images.tested else 0]
     inspection = inspect_images(images, least=least, strict=request.strict, store=store, on_progress=on_progress)
     split_by = os.path.realpath(images.path), request.split_seed, request.test_images
-    folder, earlier = (None, None) if images.together is not None else _earlier_split(request, split_by)
     starts = request.from_run is not None
+    folder: Path | None = None
+    earlier: ImagesFile | None = None
+    if request.from_run is not None:
+        folder = resolve_latest(request.from_run)
+        earlier = ImagesFile.read(folder / IMAGES_FILE)
+    elif images.together is None:  # of `train` in this output, or of `tune` beside it, the last that was asked alike
+        outputs = request.output if request.main_study else request.output.absolute().parent
+        folder, earlier = next((call for call in earlier_calls(outputs) if call[1].asked == split_by), (None, None))
     sealed = images_file(inspection, *split_by[1:], earlier, starts=starts) | {"asked": split_by}
     content = ImagesFile.model_validate_json(json.dumps(sealed))
     index = index_inspected(images, content, request.images)
     keeps = earlier and content.tested & earlier.tested and (starts or content.digests != earlier.digests)
-    return LabelledSet(inspection, content, file, index, metric, store, folder if keeps else None, _metric_of(folder))
-
-
-def _earlier_split(request: FitRequest, split_by: tuple[Any, ...]) -> tuple[Path, ImagesFile] | tuple[None, None]:
-    """Return the folder of the last call that was to split the same images alike, and how it did.
-
-    That is of `train` in this output, or of `tune` beside it; or what was named, whatever its images.
-    """
-    if request.from_run is not None:
-        folder = resolve_latest(request.from_run)
-        return folder, ImagesFile.read(folder / IMAGES_FILE)
-    outputs = request.output if request.main_study else request.output.absolute().parent
-    return next((call for call in earlier_calls(outputs) if call[1].asked == split_by), (None, None))
-
-
-def _metric_of(call: Path | None) -> DecidingMetric | None:
-    with suppress(UserError, OSError):  # it is not done
-        return None if call is None else metric_of(read_record(single_run(call) / RECORD_FILE).spec)
-    return None
+    before: DecidingMetric | None = None
+    with suppress(UserError, OSError):  # the last call is not done
+        before = None if folder is None else metric_of(read_record(single_run(folder) / RECORD_FILE).spec)
+    return LabelledSet(inspection, content, file, index, metric, store, folder if keeps else None, before)
 
 
 def earlier_calls(*outputs: Path) -> Iterator[tuple[Path, ImagesFile]]:
@@ -309,27 +294,24 @@ def named_files(request: TrainRequest) -> dict[str, str]:
     Raises:
         UserError: if they can't be read.
     """
-    files, backbone = {}, named_backbone(request.model, request.weights)
+    digests, backbone = dict[str, Callable[[], str]](), named_backbone(request.model, request.weights)
     if backbone.weights == "file" and not request.smoke:
-        option = "model" if request.weights in (None, "file") else "weights"
-        with _typed(request.option(option).name):
-            hashes = check_weights(backbone), architecture_of(backbone).config_sha256
-        files[request.spelled(option, getattr(request, option))] = " ".join(filter(None, hashes))
-    earlier = None if request.from_run is None else single_run(request.from_run) / ADAPTER_FILE
-    for option, place in {"init_adapter": request.init_adapter, "from_run": earlier}.items():
-        if place is not None:
-            with _typed(request.option(option).name):
-                files[request.spelled(option, getattr(request, option))] = start_sha256(place)
+
+        def of_weights() -> str:
+            return " ".join(filter(None, (check_weights(backbone), architecture_of(backbone).config_sha256)))
+
+        digests["model" if request.weights in (None, "file") else "weights"] = of_weights
+    if request.init_adapter is not None:
+        digests["init_adapter"] = partial(start_sha256, request.init_adapter)
+    if request.from_run is not None:
+        digests["from_run"] = partial(start_sha256, single_run(request.from_run) / ADAPTER_FILE)
+    files = {}
+    for option, digest in digests.items():
+        try:
+            files[request.spelled(option, getattr(request, option))] = digest()
+        except UserError as error:
+            raise error.about(request.option(option).name) from None
     return files
-
-
-@contextmanager
-def _typed(option: str) -> Iterator[None]:
-    """Name the option that was typed in errors of a file that it names."""
-    try:
-        yield
-    except UserError as error:
-        raise error.about(option) from None
 
 
 def refuse_among_images(folder: Path, output: Path) -> None:

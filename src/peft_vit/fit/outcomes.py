@@ -95,9 +95,9 @@ Pooled = tuple[NDArray[np.float64], Labels, NDArray[np.int64]]  # logits (N, K),
 
 def pooled(outcomes: Iterable[Outcome], task: Task) -> Pooled:
     """Return logits (N, K) as a task has them, labels (N,) and positions (N,) of several runs' images together."""
-    runs = list(outcomes)
-    logits = np.concatenate([np.asarray(task.aligned(own.logits, own.learned), np.float64) for own in runs])
-    return logits, np.concatenate([own.labels for own in runs]), np.concatenate([own.images for own in runs])
+    parts = [(task.aligned(own.logits, own.learned), own.labels, own.images) for own in outcomes]
+    logits, labels, images = map(np.concatenate, zip(*parts, strict=True))
+    return logits, labels, images
 
 
 def predictions_on(
@@ -175,6 +175,11 @@ class FoldResults:
         """Return what a recipe came to, seed after seed."""
         return [self.rows[recipe][seed] for seed in self.seeds(recipe)]
 
+    def add_forms(self, recipe: Recipe, seed: int, logits: Mapping[Any, Any]) -> None:
+        """Add what a recipe's outcome is with its weights rounded, by number format."""
+        for bits, own in logits.items():
+            self.rows.setdefault(recipe.rounded(bits), {})[seed] = self.rows[recipe][seed].with_logits(own)
+
     def missing(self, recipe: Recipe, seeds: Sequence[int]) -> list[int]:
         """Return those of some seeds of which it has none."""
         return [seed for seed in seeds if seed not in self.rows.get(recipe, {})]
@@ -226,13 +231,12 @@ class FoldResults:
         positions = np.unique(np.concatenate([outcome.images for outcome in known.values()]))  # (N,)
         repetitions = sorted({seed // FOLDS for seed in known})
         brought = np.full((len(recipes), len(repetitions), len(positions)), np.nan)  # (C, R, N): of accuracy 1 or 0
-        folds = np.full((len(repetitions), len(positions)), -1, dtype=np.int64)  # (R, N)
-        metric = self.scores.metric
-        classes = np.zeros(len(positions), dtype=np.int64) if metric.equal_classes else None
+        folds = np.full(brought.shape[1:], -1)  # (R, N)
+        classes, metric = np.zeros(len(positions), dtype=np.int64), self.scores.metric
         for seed, outcome in known.items():
             at = np.searchsorted(positions, outcome.images)
             folds[repetitions.index(seed // FOLDS), at] = seed % FOLDS
-            if classes is not None:
+            if metric.equal_classes:
                 classes[at] = outcome.labels
         for own in folds:  # folds that nobody has done
             own[own < 0] = next((fold for fold in range(FOLDS) if fold not in own), 0)
@@ -241,7 +245,7 @@ class FoldResults:
                 if seeds := [seed for seed in self.seeds(recipe) if seed // FOLDS == repetition]:
                     *_, images = self.pooled(recipe, seeds)
                     brought[number, row, np.searchsorted(positions, images)] = self.by_image(recipe, seeds)
-        return means_of_images(brought, folds, classes, counts=metric.counts_images)
+        return means_of_images(brought, folds, classes if metric.equal_classes else None, counts=metric.counts_images)
 
 
 class EveryRunFailedError(UserError):
@@ -271,17 +275,16 @@ class StudyRunner:
             EveryRunFailedError: if nothing is done, and something failed.
             KeyboardInterrupt: after Ctrl-C.
         """
-        fit, smoke, executor = self.fit, self.fit.request.smoke, self.fit.request.executor
-        name = str(mapping["name"])
+        fit, smoke, executor, name = self.fit, self.fit.request.smoke, self.fit.request.executor, str(mapping["name"])
         results_dir = fit.results_dir(name)
         file = results_dir / name
         study = study_from_mapping(dict(mapping), file=file)
         held = fit.lock if fit.lock is not None and fit.lock.folder == file else None
+        failed, done = {}, Outcomes()
         with study_lock(folder_below(results_dir, name)) if held is None else nullcontext(held) as lock:
             measure = partial(measure_step, log=fit.emit)
             plan = plan_study(study, results_dir, file=None, smoke=smoke, part=True, measure_step=measure)
             plan = plan.only([one.name for one in plan.study.experiments], plan.study.seeds, by_seed=True)
-            failed = {}
             if limit is not None and plan.pending:
                 for line in plan_notes(plan) if held is not None else ():
                     fit.emit(f"  {line}")
@@ -290,11 +293,10 @@ class StudyRunner:
                 make_executor = partial(open_executor, executor, plan, results_dir)
                 deadline = Deadline(plan, results_dir, limit, executor, fit.at_once)
                 failed = drive(plan, lock, make_executor, self._say, deadline=deadline)
-        done = Outcomes()
         for run in plan.runs:
-            folder = run_folder(results_dir, run.spec)
-            if (folder / RECORD_FILE).exists() and (record := read_record(folder / RECORD_FILE)).status == "done":
-                done[run.spec.experiment.name, run.spec.seed] = Outcome.of(record, folder)
+            record_file = run_folder(results_dir, run.spec) / RECORD_FILE
+            if record_file.exists() and (record := read_record(record_file)).status == "done":
+                done[run.spec.experiment.name, run.spec.seed] = Outcome.of(record, record_file.parent)
         if failed and not done:
             problem = f"every run failed: {next(iter(failed.values()))}; the same command tries again"
             raise EveryRunFailedError(problem, file=file)

@@ -152,7 +152,16 @@ def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None
     head = card_head(model, library, choice.request.images.name or "images")
     pictures, maps = partial(thumbnails_of, record), partial(explained_images, run_dir, record)
     document = tuning_document(choice, model, exports, pictures, maps)
-    write_report([document], {CARD_FILE: card_text(document, head, _use(choice, record, exports))}, directory)
+    again, file = "\n".join(_again(choice, record)), f"model/{exports.model.name}"
+    sets = " --coverage 0.9" if record.calibrated and record.calibrated.coverages else ""
+    how = (
+        f"```\npeft-vit predict {file} IMAGES...{sets}\n\n# trains it again\n{again}\n"
+        f'```\n\n```python\nimport peft_vit\n\nprint(peft_vit.load("{file}").predict("photo.jpg"))\n```\n\nThe '
+        "file takes `images` (B, 3, S, S) and gives `logits`; how pixels become these, the classes and the "
+        "temperature\nare in its metadata `peft_vit_model`. `model/adapter.safetensors` holds what was "
+        "trained, without the backbone."
+    )
+    write_report([document], {CARD_FILE: card_text(document, head, how)}, directory)
     if missing := fonts_for(record.class_names)[1]:
         tell(f"  {no_font(missing)}")
     for sentence in (*document.results, *exports.missed):
@@ -177,19 +186,6 @@ def _again(choice: Tuning, record: RunRecord) -> list[str]:
     if choice.recipe.rounded_to:
         commands.append(f"peft-vit export again/{record.spec.run_id} --bits {choice.recipe.bits} --output again.onnx")
     return commands
-
-
-def _use(choice: Tuning, record: RunRecord, exports: Exports) -> str:
-    again = "\n".join(_again(choice, record))
-    model = f"model/{exports.model.name}"
-    sets = " --coverage 0.9" if record.calibrated and record.calibrated.coverages else ""
-    return (
-        f"```\npeft-vit predict {model} IMAGES...{sets}\n\n# trains it again\n{again}\n"
-        f'```\n\n```python\nimport peft_vit\n\nprint(peft_vit.load("{model}").predict("photo.jpg"))\n```\n\nThe '
-        "file takes `images` (B, 3, S, S) and gives `logits`; how pixels become these, the classes and the "
-        "temperature\nare in its metadata `peft_vit_model`. `model/adapter.safetensors` holds what was "
-        "trained, without the backbone."
-    )
 
 
 # --- how good it is, and what more would bring ---
@@ -276,11 +272,12 @@ def tuning_document(
     page = model_document(model, pictures, maps)
     (made,) = page.sections[MADE]
     assert isinstance(made, Facts)
-    asked = dict(_facts(choice))
+    asked, calibrated = dict(_facts(choice)), model.record.calibrated
+    has_sets = model.quality is None or (calibrated is not None and calibrated.coverages)
     sections: dict[str, tuple[Block, ...]] = {}
     for title, blocks in page.sections.items():
         if title == (BELIEF if BELIEF in page.sections else IMAGES):
-            sections[COMPARED] = tuple(compared_blocks(choice, choice.decision))
+            sections[COMPARED] = tuple(_compared(choice))
             sections[MORE] = tuple(Paragraph(plain(sentence)) for sentence in choice.more)
             sections[FORMS] = (forms_table(exports),)
         sections[title] = blocks
@@ -294,7 +291,11 @@ def tuning_document(
         cards=tuple(_cards(model, exports)),
         how_sure=tuple(_how_sure(choice)),
         sections=sections,
-        not_shown=tuple(_not_shown(model)),
+        not_shown=(
+            "Images of another kind, camera or time than these: nothing here is about them.",
+            "Other backbones and methods than those in the tables.",
+            *([] if has_sets else ["Prediction sets: there are too few images for thresholds."]),
+        ),
         runs=(run_provenance(model.record)._replace(title=choice.recipe.title),),
     )
 
@@ -335,39 +336,46 @@ def _how_sure(choice: Tuning) -> Iterator[str]:
     if changed is not None:
         by = f"{points_interval(changed)} points" if choice.images.metric.is_share else number_interval(changed, 3)
         yield f"Rounding changed {choice.images.metric.words} on the test images by {by}."
-    readers = _readers(choice)
-    once = "read once, after everything was chosen"
+    # Of a call that went on, those of the earlier ones, too.
+    read = choice.final.folder.parents[2].glob(f"final-*/*/*/{RECORD_FILE}")
+    readers, once = len({record.parents[1] for record in read}), "read once, after everything was chosen"
     if readers > 1:
         once = f"read by {readers} models, each when it was written; no choice rests on them"
     yield (f"The test images were {once}. The interval says what as many other images of the same kind would change.")
     if choice.longer != 1:
-        why, others = ("time was short", "longer")
+        why, others = "time was short", "longer"
         if choice.longer > 1:
-            why, others = ("more steps usually gain, and the folds do not contradict it", "shorter")
+            why, others = "more steps usually gain, and the folds do not contradict it", "shorter"
         times = f"The last training has {choice.longer:.2g} times the steps of those on folds"
         yield f"{times}, since {why}; the odds, probabilities and sets of classes are from the {others} ones."
     if choice.decision is not None and choice.decision.odds.shown and choice.recipe != choice.decision.reference:
         yield "Shown means: at most 5 % of such statements are wrong."
 
 
-def _readers(choice: Tuning) -> int:
-    """Return how many models have read the test images: of a call that went on, those of the earlier ones, too."""
-    studies = choice.final.folder.parents[2]
-    return len({record.parents[1] for record in studies.glob(f"final-*/*/*/{RECORD_FILE}")})
-
-
-def _not_shown(model: ModelSummary) -> Iterator[str]:
-    yield "Images of another kind, camera or time than these: nothing here is about them."
-    yield "Other backbones and methods than those in the tables."
-    if model.quality is not None and not (model.record.calibrated and model.record.calibrated.coverages):
-        yield "Prediction sets: there are too few images for thresholds."
-
-
-def compared_blocks(choice: Tuning, decision: ModelDecision | None) -> Iterator[Block]:
+def _compared(choice: Tuning) -> Iterator[Block]:
     """Yield the models that were compared, and the image sizes that were tried."""
-    scores, words = choice.images.scores, choice.images.metric.words
-    if decision is not None:
-        yield _candidates_table(choice, decision)
+    scores, words = choice.images.scores, choice.images.metric.words.capitalize()
+    if (decision := choice.decision) is not None:
+        expected = partial(score_interval, scores), partial(own_interval_columns, "score")
+        yield table(
+            "candidates",
+            "Models that were compared, smallest first",
+            decision.candidates,
+            [
+                Column("Model", "recipe.title", data="model"),
+                Column("Trained", lambda candidate: candidate.recipe.settings or None, data="trained"),
+                Column("File, about", "bytes", megabytes),
+                Column("Folds", "folds"),
+                Column(f"{words} expected", "odds.score", *expected),
+                Column(f"Against the best, {scores.unit}", "odds.loss", lambda loss: points(-loss), "loss"),
+                Column("Loses more than the margin", "odds.chance_of_loss", percent, "chance_of_loss"),
+                Column("Why not", lambda candidate: plain(candidate.why) or "taken", data="why_not"),
+            ],
+            "By images of folds, each predicted by a model that was not trained on it; expected is what another "
+            "training has on new images, since the best of many was usually lucky. The best is the best float model "
+            f"found, {decision.reference.title}; the last but one column has the chance to be more than "
+            f"{scores.hundredths(choice.request.margin_share)} worse.",
+        )
     yield table(
         "sizes",
         "Image sizes, by regressions on frozen features",
@@ -375,35 +383,12 @@ def compared_blocks(choice: Tuning, decision: ModelDecision | None) -> Iterator[
         [
             Column("Model", "model"),
             Column("Pixels", "image_size"),
-            Column(words.capitalize(), "score", partial(score_of, scores)),
+            Column(words, "score", partial(score_of, scores)),
             Column("Steps that fit a run", lambda size: size.steps or None, data="steps"),
             Column("Left out", lambda size: plain(size.why) or None, data="left_out"),
         ],
         "On images that are left out of the fit in turn. Larger images leave fewer steps to training.",
         folded=True,
-    )
-
-
-def _candidates_table(choice: Tuning, decision: ModelDecision) -> Table:
-    scores, margin = choice.images.scores, choice.images.scores.hundredths(choice.request.margin_share)
-    expected = partial(score_interval, scores), partial(own_interval_columns, "score")
-    return table(
-        "candidates",
-        "Models that were compared, smallest first",
-        decision.candidates,
-        [
-            Column("Model", "recipe.title", data="model"),
-            Column("Trained", lambda candidate: candidate.recipe.settings or None, data="trained"),
-            Column("File, about", "bytes", megabytes),
-            Column("Folds", "folds"),
-            Column(f"{choice.images.metric.words.capitalize()} expected", "odds.score", *expected),
-            Column(f"Against the best, {scores.unit}", "odds.loss", lambda loss: points(-loss), "loss"),
-            Column("Loses more than the margin", "odds.chance_of_loss", percent, "chance_of_loss"),
-            Column("Why not", lambda candidate: plain(candidate.why) or "taken", data="why_not"),
-        ],
-        "By images of folds, each predicted by a model that was not trained on it; expected is what another training "
-        "has on new images, since the best of many was usually lucky. The best is the best float model found, "
-        f"{decision.reference.title}; the last but one column has the chance to be more than {margin} worse.",
     )
 
 

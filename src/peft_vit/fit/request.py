@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from peft_vit.base.console import duration
 from peft_vit.base.errors import UserError, os_fault
@@ -153,30 +153,18 @@ _WITH_STEPS = OnlyWith(
 _UNLESS_IMPORTED = OnlyWith(init_adapter=None, remedy="the adapter has its own; leave one of the two out")
 
 
-@dataclass(frozen=True)
-class WrittenBudget:
-    """Ranks over all matrices, or the bytes of their values in float32."""
-
-    number: int
-    unit: Literal["ranks", "bytes"]
-
-    def __str__(self) -> str:
-        if self.unit == "ranks":
-            return str(self.number)
-        return f"{self.number // 1000}kB" if self.number % 1000 == 0 else f"{self.number}B"
-
-    @classmethod
-    def of(cls, written: Any) -> Any:
-        """Read a number of ranks, or a size with its unit."""
-        if written is None or isinstance(written, WrittenBudget):
-            return written
-        if re.fullmatch(r"0*[1-9]\d*", str(written).strip()):
-            return cls(int(written), "ranks")
-        try:
-            return cls(bytes_of(str(written)), "bytes")
-        except ValueError:
-            reason = "is neither a number of ranks above 0 nor a size with its unit; write it as in 36 or 100kB"
-            raise ValueError(f"{written!r} {reason}") from None
+def _budget(written: Any) -> Any:
+    """Return a number of ranks over all matrices, or a size in kB or B: of their values in float32."""
+    if written is None:
+        return None
+    if re.fullmatch(r"0*[1-9]\d*", text := str(written).strip()):
+        return str(int(text))
+    try:
+        size = bytes_of(text)
+    except ValueError:
+        reason = "is neither a number of ranks above 0 nor a size with its unit; write it as in 36 or 100kB"
+        raise ValueError(f"{written!r} {reason}") from None
+    return f"{size}B" if size % 1000 else f"{size // 1000}kB"
 
 
 class _OfTrain:
@@ -280,10 +268,9 @@ class TrainRequest(ImagesRequest, _OfTrain):
         description="The rank of each layer's update, with lora, peft_lora and qa_lora. Without it, 8.",
     )
     budget: Annotated[
-        WrittenBudget | None,
-        BeforeValidator(WrittenBudget.of),
-        PlainSerializer(str, when_used="json-unless-none"),
-        Option(typed=str, metavar="RANKS|SIZE", keys=("total_rank_budget",)),
+        str | None,
+        BeforeValidator(_budget),
+        Option(metavar="RANKS|SIZE", keys=("total_rank_budget",)),
         OnlyWith(method=("lora", "adalora", "qa_adalora"), remedy="leave it out; fixed ranks have --rank"),
         _UNLESS_IMPORTED,
     ] = Field(
@@ -395,8 +382,13 @@ class TrainRequest(ImagesRequest, _OfTrain):
     @property
     def adapter_options(self) -> dict[str, Any]:
         """Return the limits of the updates, as `TrainOptions` has them."""
-        budget = {} if self.budget is None else {"budget": self.budget.number, "budget_unit": self.budget.unit}
-        return budget | ({} if self.adapter_bytes is None else {"adapter_bytes": bytes_of(self.adapter_bytes)})
+        if self.adapter_bytes is not None:
+            return {"adapter_bytes": bytes_of(self.adapter_bytes)}
+        if self.budget is None:
+            return {}
+        if self.budget.isdigit():
+            return {"budget": int(self.budget), "budget_unit": "ranks"}
+        return {"budget": bytes_of(self.budget), "budget_unit": "bytes"}
 
     @property
     def training_settings(self) -> dict[str, Any]:

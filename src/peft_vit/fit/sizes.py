@@ -7,6 +7,7 @@ and whether heads read four blocks.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from peft_vit.base.errors import UserError, is_out_of_memory
 from peft_vit.base.statistics import Interval
@@ -29,23 +29,14 @@ from peft_vit.core.config import Flips, HeadBlocks, Resize, study_from_mapping, 
 from peft_vit.core.methods import METHODS
 from peft_vit.core.records import Metrics
 from peft_vit.core.tasks import Labels, Scores, expected_gain, metric_of
-from peft_vit.core.training import (
-    Features,
-    RuntimeConfig,
-    can_hold_out,
-    groups_left_out,
-    head_inputs,
-    held_out_fit,
-    loss_weights,
-)
-from peft_vit.core.training.images import LabelledImages
+from peft_vit.core.training import Features, can_hold_out, groups_left_out, head_inputs, held_out_fit, loss_weights
 from peft_vit.deploy.page.formatting import joined
 from peft_vit.fit.costs import LEAST_STEPS, LONG_S, SIZES_SHARE
 from peft_vit.fit.decide import posterior_by_size
 from peft_vit.fit.fit import MEMORY_OPTION, Fit
 from peft_vit.fit.intake import sizes_to_try
 from peft_vit.fit.recipe import ROUNDED, Recipe, peak_of
-from peft_vit.fit.request import Advanced, TuneRequest
+from peft_vit.fit.request import Advanced
 from peft_vit.runs.costs.time_limit import FOLDS, Pace
 from peft_vit.runs.execute import Loaded
 from peft_vit.runs.head_init import SharedFeatures
@@ -90,8 +81,8 @@ class SizeResult:
 
     model: str
     image_size: int
-    score: float | None
-    steps: int
+    score: float | None = None
+    steps: int = 0
     longer: float = 1.0
     last_steps: int = 0
     why: str = ""
@@ -111,12 +102,10 @@ class SizeResult:
 def usual_recipe(fit: Fit, model: str, image_size: int, steps: int = LEAST_STEPS) -> Recipe:
     """Return what was asked for, or LoRA of the usual rank, with so many steps on a fold."""
     request = fit.request
-    if request.is_probe:
-        steps = 0
-    recipe = Recipe(model, image_size, request.method, rank=request.rank or 0, steps=steps)
+    recipe = Recipe(model, image_size, request.method, rank=request.rank or 0, steps=0 if request.is_probe else steps)
     if request.method.startswith("qa_"):
         recipe = replace(recipe, bits=type_of_bits(request.bits or "4"), when="training")
-    if recipe.is_probe:
+    if request.is_probe:
         return recipe
     if request.max_bytes is not None and "int2" in fit.costs.allowed_bits(recipe):  # rounding to it loses too much
         recipe = replace(recipe, method="qa_lora", bits="int2", when="training")
@@ -137,11 +126,12 @@ def allowed_sizes(fit: Fit) -> dict[str, list[int]]:
         UserError: for a limit that nothing meets, a model that does not take a size, and what planning refuses.
     """
     request, costs = fit.request, fit.costs
-    sizes = {}
-    for model in fit.backbones:
-        for size in request.image_sizes:
-            fit.shape(model, size)  # raises UserError if the model does not take it
-        sizes[model] = sorted(request.image_sizes) or sizes_to_try(architecture_of(fit.backbones[model]))
+    for model, size in itertools.product(fit.backbones, request.image_sizes):
+        fit.shape(model, size)  # raises UserError if the model does not take it
+    sizes = {
+        model: sorted(request.image_sizes) or sizes_to_try(architecture_of(backbone))
+        for model, backbone in fit.backbones.items()
+    }
     for model, own in sizes.items():
         _refuse_what_fails(fit, model, own[0])
     if request.max_bytes is not None:
@@ -207,14 +197,13 @@ def _within_latency(fit: Fit, sizes: Mapping[str, list[int]], limit_s: float) ->
     """
     found, timed = dict[str, list[int]](), list[tuple[float, str, int]]()
     for model, own in sizes.items():
-        architecture = architecture_of(fit.backbones[model])
+        given = fit.images.index.class_names, cpu_count()  # all processors, as what is left is measured
         pace = 0.0  # seconds a product, at the fastest size so far
         for size in sorted(own, reverse=True):
             products = fit.shape(model, size).multiply_adds
             if size > min(own) and pace * products > limit_s:
                 continue
-            names = fit.images.index.class_names
-            time_it = partial(fit.environment.time_export, architecture, size, names, cpu_count())  # as what is left is
+            time_it = partial(fit.environment.time_export, architecture_of(fit.backbones[model]), size, *given)
             seconds = fit.once(fit.decisions.latency_s, f"{model} {size}", time_it)
             fit.emit(f"  {model} at {size} px: {1000 * seconds:.1f} ms an image")
             timed.append((seconds, model, size))
@@ -259,33 +248,32 @@ def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult
     request, costs, scores, clock = fit.request, fit.costs, fit.decisions.sizes, fit.limit.clock
     every = sorted((Recipe(model, size) for model, own in allowed.items() for size in own), key=costs.image_s)
     if request.smoke or request.start is not None or fit.images.shots < 2:
-        return [SizeResult(one.model, one.image_size, None, 0) for one in every]
+        return [SizeResult(one.model, one.image_size) for one in every]
     why, ends_at = dict[Recipe, str](), clock() + SIZES_SHARE * 60 * request.minutes
     compared, tried = costs.compared_images(every), dict[Recipe, float]()
     for probe in every:
         if probe.place not in scores and probe not in why:
-            if tried and clock() + costs.regression_s(probe, compared) > ends_at:
+            regression_s = compared * costs.image_s(probe) + costs.fits_s(probe, compared, ways=1)
+            if tried and clock() + regression_s > ends_at:
                 why[probe] = NO_TIME
-            else:
-                try:
-                    _score(fit, probe, every, ends_at)
-                except Exception as error:
-                    if not is_out_of_memory(error) or not tried:
-                        raise
-                    too_large = (one for one in every if one.model == probe.model and one.place not in scores)
-                    why |= dict.fromkeys(too_large, "it needs more memory than is free")
-        if probe.place in scores:
+                continue
+            try:
+                _score(fit, probe, every, ends_at)
+            except Exception as error:
+                if not is_out_of_memory(error) or not tried:
+                    raise
+                too_large = (one for one in every if one.model == probe.model and one.place not in scores)
+                why |= dict.fromkeys(too_large, "it needs more memory than is free")
+        if probe not in why:
             tried[probe] = scores[probe.place]
             fit.emit(f"  linear probe at {probe.image_size} px: {fit.images.scores.text(tried[probe])}")
-    expected = dict[Recipe, float]()
-    for model in {probe.model for probe in tried}:
+    images, expected = fit.images.effective_share * compared, dict[Recipe, float]()
+    for model in allowed:
         observed = {probe.image_size: score for probe, score in tried.items() if probe.model == model}
-        posterior = posterior_by_size(
-            observed, fit.images.effective_share * compared, fit.images.inspection.shorter_side
-        )
+        posterior = posterior_by_size(observed, images, fit.images.inspection.shorter_side) if observed else {}
         expected |= {Recipe(model, size): score for size, score in posterior.items()}
     return [
-        SizeResult(one.model, one.image_size, tried.get(one), 0, why=why.get(one, ""), expected=expected.get(one, 0.0))
+        SizeResult(one.model, one.image_size, tried.get(one), why=why.get(one, ""), expected=expected.get(one, 0.0))
         for one in every
     ]
 
@@ -303,8 +291,10 @@ def _score(fit: Fit, probe: Recipe, every: Sequence[Recipe], ends_at: float) -> 
     decisions.sizes[probe.place] = fit.images.scores.of(found.metrics)
     fit.save()
     is_first, choose = len(decisions.sizes) == 1, partial(_choose, fit, probe, clock() - began_at, ends_at)
-    if is_first and fit.request.resize is None and isinstance(fit.request, TuneRequest) and _many_are_oblong(fit):
-        found = choose("resize", found, errors=1.0)
+    if is_first and fit.request.resize is None and not fit.request.main_study:
+        shorter, longer = fit.images.inspection.sides.T
+        if np.mean(longer > _OBLONG * shorter) >= _OBLONG_SHARE:
+            found = choose("resize", found, errors=1.0)
     if decisions.flips is None and fit.request.augment != "none":
         choose("flips", found)
         decisions.flips = decisions.flips or "horizontal"  # there was no time
@@ -353,11 +343,6 @@ def _choose(
         fit.decisions.sizes[probe.place] = score[best]
     fit.save()
     return found[best]
-
-
-def _many_are_oblong(fit: Fit) -> bool:
-    shorter, longer = fit.images.inspection.sides.T
-    return bool(np.mean(longer > _OBLONG * shorter) >= _OBLONG_SHARE)
 
 
 def _may_read_blocks(fit: Fit, every: Sequence[Recipe]) -> bool:
@@ -469,14 +454,13 @@ def regress(
 
     def held_out(part: NDArray[np.bool_]) -> NDArray[np.float64]:
         chosen = np.tile(part, len(features.labels) // len(groups))  # in every way
-        own = Features(features.values[chosen], features.labels[chosen], task)
-        strengths = spec.experiment.probe_l2
-        return held_out_fit(own, groups[part], scores.metric, class_weights=class_weights, l2=strengths)[1]
+        own, l2 = Features(features.values[chosen], features.labels[chosen], task), spec.experiment.probe_l2
+        return held_out_fit(own, groups[part], scores.metric, class_weights=class_weights, l2=l2)[1]
 
     logits = held_out(np.ones(len(groups), dtype=bool))  # (N, classes)
     if half:
-        part_of = assign_folds(strata, groups, 2, np.random.default_rng(0))
-        parts = [part_of == number for number in range(2)]
+        first = assign_folds(strata, groups, 2, np.random.default_rng(0)) == 0
+        parts = [first, ~first]
         if all(can_hold_out(strata[part], groups[part]) for part in parts):
             halves = np.empty_like(logits)
             for part in parts:
@@ -484,18 +468,13 @@ def regress(
             by_image_of_half = scores.by_image(halves, labels)
     by_image, fit_s = scores.by_image(logits, labels), time.perf_counter() - computed
     features_s = computed - began
-    if shared.computed < len(features.labels):  # the others were in the cache
-        features_s = len(features.labels) * _image_s(model, data.train, loaded.runtime)
+    if shared.computed < len(features.labels):  # the others were in the cache: a few are timed, after one to get ready
+        few = data.train.chosen(np.arange(min(_TIMED, len(data.train))))
+        head_inputs(model, few.chosen(np.arange(1)), loaded.runtime, 1)
+        began = time.perf_counter()
+        head_inputs(model, few, loaded.runtime, len(few))
+        features_s = len(features.labels) * (time.perf_counter() - began) / len(few)
     return Regression(task.measure(logits, labels), labels, by_image, by_image_of_half, features_s, fit_s)
-
-
-def _image_s(model: nn.Module, images: LabelledImages, runtime: RuntimeConfig) -> float:
-    """Return the seconds of features for each of some images, after a pass that gets ready."""
-    few = images.chosen(np.arange(min(_TIMED, len(images))))
-    head_inputs(model, few.chosen(np.arange(1)), runtime, 1)
-    began = time.perf_counter()
-    head_inputs(model, few, runtime, len(few))
-    return (time.perf_counter() - began) / len(few)
 
 
 # --- what fits the time -----------------------------------------------------------------------------------------------

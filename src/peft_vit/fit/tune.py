@@ -22,7 +22,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 
 from peft_vit.core.config import QuantizationType, named_as_typed
@@ -39,7 +38,7 @@ from peft_vit.fit.decide import (
 )
 from peft_vit.fit.fit import Environment, Fit
 from peft_vit.fit.intake import IMAGES_FILE, keep_images, look
-from peft_vit.fit.outcomes import EveryRunFailedError, Outcome
+from peft_vit.fit.outcomes import EveryRunFailedError
 from peft_vit.fit.output import Tuning, check_output, what_more_buys, write_output
 from peft_vit.fit.recipe import DEFAULT_RATE, Recipe, lora, rate_of
 from peft_vit.fit.request import Emit, TuneRequest, print_event
@@ -73,7 +72,7 @@ def tune(
     """
     check_output(request)
     with named_as_typed(TuneRequest), study_lock(request.output):
-        fit = Fit(request, emit, environment or Environment(), started=started)
+        fit = Fit(request, emit, environment, started)
         fit.enter(request.output)
         was_there = (fit.folder / IMAGES_FILE).exists()
         with fit.opened:
@@ -96,24 +95,38 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     """Do what is not done of a tuning of images that were looked at, at the image sizes that are allowed by model."""
     sizes, first, longer = begin(fit, allowed)
     probe = best_linear_probe(fit, sizes).probe
+
+    def trained(recipe: Recipe, longer: float) -> Tuning:
+        """Return a tuning whose model, trained now, is the only one so far."""
+        form = within_limits(fit, recipe)
+        final, before = train_last(fit, form, longer)
+        meaning = meaning_of_last(fit, form, form, longer, final.learned)
+        return Tuning(request, fit.images, tuple(sizes), form, final, before, longer=longer, meaning=meaning)
+
     first_s = fit.costs.last_s(first, fit.costs.last_steps(first, longer))
     if fit.decisions.delivered is None and not first.is_probe and first_s > LONG_S:
         with fit.stage("probe"):
-            own = within_limits(fit, probe)
-            trained = train_last(fit, own, 1.0)
-        _write(fit, _tuning(fit, request, sizes, own, 1.0, trained))
-    first, longer, final = _first_model(fit, first, longer, probe)
-    form = within_limits(fit, first)
-    done = _tuning(fit, request, sizes, form, longer, final)
+            done = trained(probe, 1.0)
+        _write(fit, done)
+    with fit.stage("first"):
+        try:
+            done = trained(first, longer)
+        except EveryRunFailedError as error:
+            if first.is_probe:
+                raise
+            fit.emit(f"  {first.title} failed: {error.message}")
+            fit.failed.add(first)
+            first = probe
+            done = trained(first, 1.0)
     early = fit.decisions.delivered  # a probe that no call has chosen in the end came before this
-    if early is None or (early[0].is_probe and not form.is_probe and not fit.file.finished):
+    if early is None or (early[0].is_probe and not done.recipe.is_probe and not fit.file.finished):
         _write(fit, done)
     with fit.stage("folds"):
         limit = fit.until(fit.costs.output_s(fit.costs.longest_form(first)) - fit.over_s)
         known = know_by_folds(fit, first, probe, limit)
-        if form.rounded_to:
-            fit.quantize(known, [form.rounded_to], limit)
-    on_folds = replace(form, steps=known.steps)
+        if done.recipe.rounded_to:
+            fit.quantize(known, [done.recipe.rounded_to], limit)
+    on_folds = replace(done.recipe, steps=known.steps)
     if fit.frame.seeds(first) and fit.frame.seeds(probe):
         done = _better_model(fit, done, first, probe)
         on_folds = done.recipe
@@ -131,34 +144,6 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     return done
 
 
-def _tuning(
-    fit: Fit,
-    request: TuneRequest,
-    sizes: Sequence[SizeResult],
-    form: Recipe,
-    longer: float,
-    final: tuple[Outcome, Outcome],
-) -> Tuning:
-    """Return a tuning whose model is the only one so far."""
-    meaning = meaning_of_last(fit, form, form, longer, final[0].learned)
-    return Tuning(request, fit.images, tuple(sizes), form, *final, longer=longer, meaning=meaning)
-
-
-def _first_model(
-    fit: Fit, first: Recipe, longer: float, probe: Recipe
-) -> tuple[Recipe, float, tuple[Outcome, Outcome]]:
-    """Train the first model, or a linear probe if that fails; return what was trained, see `train_last`."""
-    with fit.stage("first"):
-        try:
-            return first, longer, train_last(fit, within_limits(fit, first), longer)
-        except EveryRunFailedError as error:
-            if first.is_probe:
-                raise
-            fit.emit(f"  {first.title} failed: {error.message}")
-            fit.failed.add(first)
-            return probe, 1.0, train_last(fit, within_limits(fit, probe), 1.0)
-
-
 def _better_model(fit: Fit, done: Tuning, first: Recipe, probe: Recipe) -> Tuning:
     """Search for a better model than the first one, and return the tuning with what was decided and trained for it."""
     with fit.stage("search"):
@@ -172,8 +157,9 @@ def _better_model(fit: Fit, done: Tuning, first: Recipe, probe: Recipe) -> Tunin
         final, before = train_last(fit, recipe, longer)
     error, unit = done.images.scores.best - decision.odds.score.estimate, done.images.scores.unit
     more = what_more_buys(labels, error, steps, longer, done.sizes, untried, done.request.minutes, unit)
-    done = replace(done, recipe=recipe, decision=decision, longer=longer, more=more)
-    return replace(done, final=final, before_rounding=before)
+    return replace(
+        done, recipe=recipe, decision=decision, longer=longer, more=more, final=final, before_rounding=before
+    )
 
 
 def _write(fit: Fit, tuning: Tuning) -> None:
@@ -239,7 +225,13 @@ def search(fit: Fit, sizes: Sequence[SizeResult], limit: Limit) -> tuple[list[Re
     """
     recipes, frame = candidate_recipes(sizes), fit.frame
     brackets = [recipes[:count] for count in range(len(recipes), 1, -1)]
-    tried = first_that_fits(brackets, partial(_bracket_seconds, fit), limit.left_s) or recipes[:1]
+
+    def bracket_s(recipes: Sequence[Recipe]) -> float:
+        """Return what successive halving takes: all on the first fold, half of them on the next, in the end one."""
+        going = [recipes[: -(-len(recipes) // 2**seed)] for seed in range(FOLDS)]
+        return sum(_side_by_side_s(fit, of_seed, seed) for seed, of_seed in enumerate(going))
+
+    tried = first_that_fits(brackets, bracket_s, limit.left_s) or recipes[:1]
     left = recipes[len(tried) :]
     if len(tried) > 1:
         fit.emit(f"  {len(tried)} recipes of LoRA by successive halving over folds")
@@ -255,15 +247,6 @@ def search(fit: Fit, sizes: Sequence[SizeResult], limit: Limit) -> tuple[list[Re
         tried.append(further)
         best = best_of(frame, [best, further])
     return sorted(tried, key=lambda recipe: (recipe != best, -standing(frame, recipe))), left
-
-
-def _bracket_seconds(fit: Fit, recipes: Sequence[Recipe]) -> float:
-    """Return what successive halving takes: all on the first fold, half of them on the next, in the end one."""
-    going, seconds = list(recipes), 0.0
-    for seed in range(FOLDS):
-        seconds += _side_by_side_s(fit, going, seed)
-        going = going[: (len(going) + 1) // 2]
-    return seconds
 
 
 def _side_by_side_s(fit: Fit, recipes: Sequence[Recipe], seed: int) -> float:

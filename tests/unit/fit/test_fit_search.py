@@ -72,16 +72,6 @@ def test_a_linear_probe_that_was_chosen_stays_while_a_later_call_goes_on(tmp_pat
     assert all(recipe.is_probe for recipe in written)
 
 
-def test_a_rate_that_is_clearly_better_is_taken() -> None:
-    def truth(experiment: Any, size: int) -> float:
-        if experiment["method"] != "lora":
-            return 0.7
-        return 0.75 + 0.06 * (experiment["training"]["learning_rate"] == 3e-3)
-
-    _, decision = decided(truth)
-    assert decision.taken.recipe.rate == 3e-3
-
-
 @pytest.mark.parametrize(("contenders", "displaced"), [(1, True), (10, False)])
 def test_one_of_many_has_to_be_better_by_more_than_the_luckiest(contenders: int, displaced: bool) -> None:
     def outcome(right: Any) -> Outcome:  # logits of images of class 0

@@ -37,9 +37,9 @@ from peft_vit.fit.calls import RequestFile, earlier_call, write_request
 from peft_vit.fit.costs import LEAST_STEPS, MOST_LAST_STEPS, SIZES_SHARE
 from peft_vit.fit.decide import gain_of_training, posterior_by_size
 from peft_vit.fit.fit import Environment, Fit
-from peft_vit.fit.intake import named_files, refuse_among_images
+from peft_vit.fit.intake import named_files
 from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.request import Advanced, TrainRequest
+from peft_vit.fit.request import Advanced, TrainRequest, TuneRequest, check_images
 from peft_vit.fit.sizes import Regression, SizeResult
 from peft_vit.fit.train import choose_first, know_by_folds
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, Limit
@@ -150,14 +150,6 @@ def test_a_fifth_of_what_does_not_test_validates_where_it_tells_enough(begun, mo
     assert without.learning_rate == 2 * validated.learning_rate  # its mean is as high
 
 
-def test_seeds_draw_other_shots_and_leave_the_rest_as_it_is(begun) -> None:
-    studies = [study_of(begun(shots=3, seed=seed)) for seed in (0, 1)]
-    assert [study.seeds for study in studies] == [(0,), (1,)]
-    first, other, again = (load_data(studies[seed].data, seed) for seed in (0, 1, 0))
-    assert first.train.positions.tolist() == again.train.positions.tolist() != other.train.positions.tolist()
-    assert first.validation.positions.tolist() == other.validation.positions.tolist()
-
-
 def test_an_own_test_split_takes_nothing_from_what_trains_nor_does_a_part_of_it(begun, photos) -> None:
     fill(photos, 50, tested=40)
     fit = begun()
@@ -214,13 +206,6 @@ def test_a_class_without_a_test_image_is_named_and_learned(begun, photos) -> Non
     fit = begun()
     assert sum("no test image is of class 'elk'" in str(event) for event in fit.told) == 1
     assert (fit.images.num_test, len(fit.images.index.class_names)) == (6, 3)
-
-
-@pytest.mark.parametrize("place", ["", "runs"])
-def test_an_output_among_the_images_is_refused(tmp_path, place) -> None:
-    with pytest.raises(UserError, match=r"--output: lies in .*, among your images"):
-        refuse_among_images(tmp_path, tmp_path / place)
-    refuse_among_images(tmp_path / "cat", tmp_path / "runs")
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
@@ -425,6 +410,51 @@ def test_bytes_buy_ranks_before_bits(begun, method, size) -> None:
     METHODS[method].check(experiment, describe(study.backbone, 56), 60, 100)
     few = METHODS["lora"].few_ranks_learning_rate
     assert (experiment.training.learning_rate == few) == (method == "lora" and size == "8kB")
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "message"),
+    [
+        ({"metric": "mae"}, "--metric", "mae is not a metric of classification"),
+        ({"shots": 6}, "--shots", "6 are too many: class 'a' has 6 images"),
+        ({"test_images": 11}, "--test-images", "11 are too many: there are 12 images"),
+        ({"output": "x" * 300}, None, "can't be a folder (File name too long); choose another --output"),
+        ({"images": "nowhere"}, None, "does not exist"),
+        ({"group": "(x)"}, "--group", "'(x)' is not a column"),
+    ],
+)
+def test_refused_before_an_image_is_opened(tmp_path, asked, field, message):
+    for i in range(12):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        (tmp_path / "ab"[i % 2] / f"{i}.png").write_bytes(b"not opened")
+    with pytest.raises(UserError) as refused, named_as_typed(TrainRequest):
+        check_images(TrainRequest.of(**{"images": tmp_path, **asked}), str)
+    assert (refused.value.field, refused.value.message.startswith(message)) == (field, True)
+
+
+def test_the_digits_are_images_by_name_where_no_file_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    found = TrainRequest.of(images="digits").found
+    assert (found.path, len(found.classes)) == (tmp_path / "cache" / "digits", 1797)
+    assert found.classes["7/0007.png"] == "7"
+    assert Image.open(found.path / "7" / "0007.png").getextrema() == (0, 255)
+    for name in "ab":
+        (tmp_path / "digits" / name).mkdir(parents=True)
+        (tmp_path / "digits" / name / "1.png").touch()
+    assert list(TrainRequest.of(images="digits").found.classes) == ["a/1.png", "b/1.png"]
+
+
+@pytest.mark.parametrize(("first", "then", "threads"), [(None, None, 5), (2, None, 2), (2, 2, 2), (None, 5, 5)])
+def test_threads_stay_as_the_first_call_had_them(tmp_path, monkeypatch, first, then, threads) -> None:
+    for usable, asked in ((5, first), (9, then)):
+        monkeypatch.setattr("peft_vit.fit.fit.cpu_count", lambda usable=usable: usable)
+        request = TuneRequest.of(images="images", output=tmp_path, threads=asked)
+        fit = Fit(request, lambda _: None)
+        fit.enter(tmp_path)
+        fit.begun = True
+        fit.save()
+        assert fit.file.threads == threads
 
 
 # --- what follows from time and memory --------------------------------------------------------------------------------
@@ -684,6 +714,8 @@ def test_sizes_are_compared_by_as_many_images_as_are_worth_their_time() -> None:
     assert [costs.images_to_compare(*own) for own in few] == [250, 1200, 500, 1000]
     many = [(9000, 900, 1e4), (1200, 40, 452.6), (1200, 40, 20.0)]  # of thirty classes what fits twenty minutes
     assert [costs.images_to_compare(*own) for own in many] == [1500, 452, 300]
+    fit, _ = fit_of(StandIns(lambda *_: 0.8), images_of(1200, rarest=8.0), rate=TOO_SLOW)
+    assert [fit.costs.compared_images([Recipe(MODEL, size)]) for size in (64, 32)] == [450, 450]  # decided once
     assert costs.images_to_compare(8000, 8, 1e4) == 3000  # three of eight in eight thousand
 
 
