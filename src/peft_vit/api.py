@@ -160,15 +160,15 @@ class TrainedModel:
         Raises:
             UserError: of an exported file.
         """
-        from peft_vit.runs.records.storage import DELIVERED_FILE, HTML_FILE
+        from peft_vit.runs.records.storage import DELIVERED_FILE, HTML_FILE, RECORD_FILE
 
         if os.path.isfile(self.path / HTML_FILE):  # `tune` has written it
             return Report(self.path / HTML_FILE)
         if self._run is None:
             raise UserError("is an exported model, without a report; load its run", file=self.path)
-        file, delivered = self.path / "report" / HTML_FILE, self.path / DELIVERED_FILE
-        written, chosen = (os.path.getmtime(own) if own.is_file() else 0.0 for own in (file, delivered))
-        if not written > chosen:
+        file = self.path / "report" / HTML_FILE
+        told = [own for own in (self.path / DELIVERED_FILE, self._run / RECORD_FILE) if own.is_file()]
+        if not (file.is_file() and os.path.getmtime(file) > max(map(os.path.getmtime, told), default=0.0)):
             from peft_vit.data import thumbnails_of
             from peft_vit.deploy.explain import explained_images
             from peft_vit.fit.calls import called

@@ -90,7 +90,7 @@ REFUSED = [  # the function, its arguments, the parameter that is named, and a p
     ("train", {"method": "lorra"}, "method", "should be 'linear', "),
     ("train", {"method": "linear", "rank": 8}, "rank", "has no effect with method linear; leave it out; "),
     ("train", {"init_adapter": "adapter", "rank": 8}, "rank", "has no effect with init_adapter; "),
-    ("train", {"images": ["a.png"]}, "labels", "are missing; give one for each image"),
+    ("train", {"images": ["a.png"]}, "labels", "are missing, the first at 0; give one for each image"),
     ("train", {"images": ["a.png"], "labels": [1], "rank": 0}, "rank", "got 0"),  # nothing is written before
     ("tune", {"max_bytes": "20"}, "max_bytes", "'20' is not a size above 0 with its unit"),
     ("tune", {"max_latency": "50"}, "max_latency", "is not a time above 0 with its unit, ms, s, min; write it as"),

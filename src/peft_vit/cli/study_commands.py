@@ -112,9 +112,11 @@ def _page_of(folder: Path) -> Path | None:
     """Return the page of a call's model; None if it can't be written here."""
     from peft_vit.api import TrainedModel
     from peft_vit.base.extras import missing_packages
+    from peft_vit.runs.records.storage import HTML_FILE
 
     if missing_packages("report"):
-        return None
+        page = folder / "report" / HTML_FILE
+        return page if page.is_file() else None
     try:
         with progress("writing the page"):
             return TrainedModel(folder).report.path

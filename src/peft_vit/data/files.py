@@ -80,6 +80,20 @@ class FileTree:
         """Return what to call a file in an error."""
         return str((self.base or self.location) / name)
 
+    def below(self, folder: str) -> FileTree:
+        """Return the part of it below a folder, a relative name; "" is all of it."""
+        if not folder:
+            return self
+        start = f"{folder}/"
+
+        def hashed(names: list[str]) -> Hashes:
+            sha256, each = self.hashed([start + name for name in names])
+            return Hashes(sha256, {name.removeprefix(start): mark for name, mark in each.items()})
+
+        names = tuple(name.removeprefix(start) for name in self.names if name.startswith(start))
+        unused = {name.removeprefix(start): at for name, at in self.unused.items() if name.startswith(start)}
+        return FileTree(self.location / folder, names, lambda name: self.read(start + name), hashed, unused)
+
     def fault(self, name: str) -> str | None:
         """Return why a file can't even be opened, such as a link to nothing; None if it can, or lies in a zip."""
         path = self.location / name
@@ -154,21 +168,21 @@ def expanded_braces(pattern: str) -> list[str]:
     return [text for part in parts for text in expanded_braces(start + part + end)]
 
 
-def open_tree(location: Path, below: str = "") -> FileTree:
-    """Open a folder or a zip (a wheel is one), or a folder in it.
+def open_tree(location: Path) -> FileTree:
+    """Open a folder or a zip (a wheel is one).
 
     Raises:
         UserError: if it is neither, or as `files_below`.
     """
-    start = f"{below}/" if below else ""
     if location.is_dir():
-        root, unused = location.resolve() / below, dict[str, str]()
-
-        def hashed(used: list[str]) -> Hashes:
-            sha256, each = hashes({start + name: root / name for name in used})
-            return Hashes(sha256, {name: each[start + name] for name in used})
-
-        return FileTree(root, files_below(root, unused=unused), lambda name: read_bytes(root / name), hashed, unused)
+        root, unused = location.resolve(), dict[str, str]()
+        return FileTree(
+            root,
+            files_below(root, unused=unused),
+            lambda name: read_bytes(root / name),
+            lambda used: hashes({name: root / name for name in used}),
+            unused,
+        )
     with foreign_fault("is neither a folder nor a zip", location, remedy="name one of the two", field="data.path"):
         if not location.is_file():  # opening a pipe could wait for ever
             raise zipfile.BadZipFile("is not a regular file")
@@ -185,9 +199,8 @@ def open_tree(location: Path, below: str = "") -> FileTree:
             raise UserError(f"holds {fault.format(name)}; pack it again", file=location)
         if not info.is_dir() and not HIDDEN.search(name):
             members[name] = info
-    members = {name.removeprefix(start): info for name, info in members.items() if name.startswith(start)}
     return FileTree(
-        location / below,
+        location,
         tuple(sorted(members)),
         lambda name: _read_member(archive, members[name]),
         lambda used: Hashes(

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from peft_vit.base.errors import CONTROL_CHARACTER, UserError, checked, os_fault
 from peft_vit.base.files import read_bytes
@@ -126,6 +126,12 @@ class ImagesFile(Frozen):
     asked: tuple[str, int | None, int | None] | None = None  # path, seed and number of test images
     trained: tuple[str, ...]  # digests of what the earlier models of a call with --from have learned from
     compared: int | None = Field(default=None, exclude_if=lambda count: count is None)  # images; None: all
+
+    @model_validator(mode="after")
+    def _has_all(self) -> Self:
+        if len(self.labels) != len(self.digests) or not self.digests.keys() >= {*self.sealed}:
+            raise ValueError("is of an earlier version, or changed: it lacks contents or labels of images")
+        return self
 
     @property
     def tested(self) -> set[str]:

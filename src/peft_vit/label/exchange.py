@@ -105,6 +105,8 @@ def to_folders(store: LabelStore, images: ImageFolder, output: Path) -> int:
     of_test, of_train = (
         {row.labels[0] for row in rows.values() if (row.split == "test") is test} for test in (True, False)
     )
+    if len(of_test | of_train) < 2:
+        raise UserError("needs two classes; label more images", field="--to-folders")
     if of_test and (one_sided := sorted(of_test ^ of_train)):
         side = "test" if one_sided[0] in of_test else "train"
         fault = f"class {one_sided[0]!r} is in {side} only; label more, or train by {LABELS_FILE}"

@@ -231,6 +231,7 @@ def _begun(file: Path, dtype: np.dtype[Any], weights: bytes) -> set[bytes]:
         if stored == dtype and len(records) and records["digest"][0] == weights:
             opened.truncate(start + records.nbytes)  # what a killed process has left of a record
             return set(records["digest"].tolist())
+    file.unlink(missing_ok=True)  # it may be mapped
     with file.open("wb") as opened:
         np.lib.format.write_array_header_1_0(opened, {"descr": dtype.descr, "fortran_order": False, "shape": ()})
         opened.write(np.array([(weights, np.nan, np.nan, np.nan)], dtype).tobytes())

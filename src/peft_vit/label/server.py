@@ -219,5 +219,6 @@ def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
             field, remedy = "--port", "give another, or leave it out"
         raise UserError(f"{host}:{port} can't be listened to ({error.strerror}); {remedy}", field=field) from None
     if opened.getsockname()[0] == "0.0.0.0":
+        opened.close()
         raise UserError(f"names all addresses, by which any page could ask; {remedy}", field=field)
     return opened

@@ -7,7 +7,7 @@ neither the order nor a proposal or a wall reads it: accuracy on images that a m
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -162,7 +162,7 @@ class Session:
             right, former = [i for i in ids if i not in wrong], self._former(ids)
             rows, after = self.store.rows.keys() - former.keys(), dict[str, Row]()
             for i in right:
-                split: Any = UNSURE if unsure else "test" if self._is_test(i) else "train"
+                split: Any = UNSURE if unsure else "test" if self._is_test(i, self.store.rows) else "train"
                 for copy in self.images.copies.get(self.images.digest(i), [i]):
                     name = self.images.names[copy]
                     if copy == i or (copy not in wrong and name not in rows):
@@ -224,7 +224,7 @@ class Session:
             rows, classes, num_labelled = self.store.rows, self.classes, self.store.num_labels["train"].total()
             is_open = np.array([self._is_open(i) for i in ids.tolist()])  # (M,)
             self._ready = len(ids)
-        is_test = np.array([self._is_test(i) for i in ids.tolist()])  # (M,)
+        is_test = np.array([self._is_test(i, rows) for i in ids.tolist()])  # (M,)
         available, labels = is_open & ~is_test, np.full(len(ids), _NO_CLASS)
         for place, i in enumerate(ids.tolist()):
             row = rows.get(self.images.names[i])
@@ -309,9 +309,9 @@ class Session:
         name = self.images.names[i]
         return name not in self.store.rows and name not in self.images.left_out and i not in self._skipped
 
-    def _is_test(self, i: int) -> bool:
+    def _is_test(self, i: int, rows: Mapping[str, Row]) -> bool:
         """Return whether an image is for the test: as is written down of it or of a copy, or else as is drawn."""
-        written = (self.store.rows.get(self.images.names[copy]) for copy in self.images.alike(i))
+        written = (rows.get(self.images.names[copy]) for copy in self.images.alike(i))
         split = next((row.split for row in written if row is not None and row.split in ("train", "test")), None)
         return self.images.is_test(i) if split is None else split == "test"
 
@@ -335,7 +335,7 @@ class Session:
         in_turn = range(len(self.images.names)) if self.order == "files" else self.images.shuffled
         first = () if for_test else (*self._doubted, *self._chosen)
         for i in (*first, *in_turn):
-            if self._is_open(i) and self._is_test(i) == for_test and self.images.is_sound(i, LARGE):
+            if self._is_open(i) and self._is_test(i, self.store.rows) == for_test and self.images.is_sound(i, LARGE):
                 return Shown((i,), is_test=for_test, proposed=None if for_test else self._proposals.get(i))
         return None
 

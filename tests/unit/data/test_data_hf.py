@@ -170,6 +170,7 @@ COLUMNS = {
     "texts": ({"kind": TEXTS}, {}, ("a", "b"), [1, 0, 1, 0]),
     "truth": ({"is_cat": (datasets.Value("bool"), [True, False] * 2)}, {}, ("False", "True"), [1, 0, 1, 0]),
     "classes before texts": ({"id": TEXTS, "y": (LABEL, [0, 1, 1, 0])}, {}, CLASSES, [0, 1, 1, 0]),
+    "texts before lists and numbers": ({"tags": PAIRS, "x": FLOATS, "y": TEXTS}, {}, ("a", "b"), [1, 0, 1, 0]),
     "called label": ({"id": INTS, "label": TEXTS}, {}, ("a", "b"), [1, 0, 1, 0]),
     "chosen": ({"id": INTS, "label": TEXTS}, {"label_column": "id"}, ("9", "10"), [1, 0, 1, 0]),
     "chosen over classes": ({"y": (LABEL, [0, 1, 1, 0]), "x": TEXTS}, {"label_column": "x"}, ("a", "b"), [1, 0, 1, 0]),

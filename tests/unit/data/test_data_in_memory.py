@@ -125,6 +125,13 @@ def test_a_table_names_images_that_are_read_again(tmp_path) -> None:
     assert not [name for name in os.listdir(table.parent) if name.startswith(".")]
 
 
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_missing_label_is_no_class(missing: float | None) -> None:
+    with pytest.raises(UserError, match="labels: are missing, the first at 3"):
+        write_table(PIXELS, ["a", "b", "a", missing])
+
+
 @pytest.mark.parametrize("names", [("image", "label"), ("filename", "class"), ("filepath", "category")])
 def test_columns_of_a_frame_are_called_as_those_of_a_table(names: tuple[str, str], tmp_path) -> None:
     rows = pd.DataFrame({"date": ["today"], names[0]: [tmp_path / "a.png"], names[1]: ["cat"]})

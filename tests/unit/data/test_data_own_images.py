@@ -321,6 +321,17 @@ def test_links_to_what_is_there_are_told_by_train_and_by_a_study(tmp_path, confi
     assert [text for text in data.warnings if "/ " in text] == [f"Images: {name} {why}" for name, why in said.items()]
 
 
+def test_below_a_folder_of_class_folders_links_lead_to_where_they_did(tmp_path):
+    root = fill(tmp_path / "images" / "train")
+    (tmp_path / "images" / "extra").mkdir()
+    save(tmp_path / "images" / "extra" / "x.png", textured(99))
+    (root / "кот" / "more").symlink_to("../../extra")
+    (root / "readme.avif").touch()  # beside class folders, where it was never told of
+    seen = inspect_images(tmp_path / "images", least=1)
+    assert len(seen.names) == 12
+    assert seen.left_out.keys() == {"../extra/", "кот/more/"}
+
+
 def test_of_an_animation_the_first_frame_is_taken_and_told(tmp_path):
     root = fill(tmp_path / "images")
     frames = [Image.fromarray(textured(900 + i)) for i in range(3)]

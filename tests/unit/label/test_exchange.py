@@ -87,6 +87,9 @@ def test_folders_are_made_that_train_reads(tmp_path) -> None:
     store, images = opened(images_at)
     split = ["train", "test", "train"] * 2
     rows = {name: Row((("cat", "dog")[i % 2],), split[i]) for i, name in enumerate(images.names)}
+    store.change({images.names[0]: rows[images.names[0]]}, {})
+    with pytest.raises(UserError, match="needs two classes"):
+        to_folders(store, images, output)
     store.change({**rows, images.names[5]: Row((), "unsure")}, {})
     assert to_folders(store, images, output) == 5
     found = find_images(output)  # as `train` does

@@ -29,6 +29,7 @@ from peft_vit.data.shards import read_shards
 from peft_vit.data.sources.tables import INCOMPLETE, TABLES, table_rows
 
 _JUNK = ("/thumbs.db", "/desktop.ini")
+_BESIDE = IMAGE_SUFFIXES[:7]  # beside class folders: not to be told of. Kept studies pass over the other ones there
 _TABLES_BESIDE = ("images.csv", "labels.csv", "images.parquet", "labels.parquet")  # of images that lie there
 UNSURE = "unsure"  # in a table's column split: of an image whose label nobody could tell
 IS_UNSURE = f"is marked {UNSURE}"
@@ -240,7 +241,7 @@ def _of_class_folders(tree: FileTree, path: Path, root: str) -> Images:
         f"{os.path.relpath(folder, root)}/": f"its images ({count:,}) lie outside {root}, where class folders are"
         for folder, count in Counter(str(PurePosixPath(name).parent) for name in outside).items()
     }
-    tree = open_tree(path, root) if root else tree
+    tree = tree.below(root)
     images = list(filter(is_image, tree.names))
     splits = set(map(split_of, images))
     test = next((split for split in TESTED if {"train", split} <= splits), None)
@@ -248,7 +249,7 @@ def _of_class_folders(tree: FileTree, path: Path, root: str) -> Images:
     classes: dict[str, str] = {}  # also of what can't be read: it stays a class
     for name in tree.names:
         folders = name.split("/")[:-1]
-        if f"/{name}".lower().endswith(_JUNK) or not (folders or is_image(name)):
+        if f"/{name}".lower().endswith(_JUNK) or not (folders or name.lower().endswith(_BESIDE)):
             continue
         if not is_image(name):
             left_out[name] = "is not an image file"

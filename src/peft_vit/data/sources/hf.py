@@ -266,13 +266,14 @@ def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
 def _columns(features: Features, config: DataConfig) -> tuple[str, str]:
     """Return the columns of images and of labels: those asked for, or else the only likely ones.
 
-    Labels are likely to be those of classes, or else lists of these, or else texts or numbers; or what is called label.
+    Labels are likely to be those of classes, or else lists of these, or else texts or whole numbers, or
+    else lists of texts or other numbers; or what is called label.
     """
     import datasets
 
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     possible = list(images)
-    classes, lists, others = [], [], []  # columns that could hold labels
+    classes, lists, singles, others = [], [], [], []  # columns that could hold labels, the likeliest first
     for name, feature in features.items():
         dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
         # As Parquet files have images that do not say that they are some.
@@ -283,15 +284,17 @@ def _columns(features: Features, config: DataConfig) -> tuple[str, str]:
             classes.append(name)
         elif isinstance(inner, datasets.ClassLabel):
             lists.append(name)
-        elif inner or dtype.startswith(("int", "uint", "string", "large_string", "bool", "float", "double")):
+        elif dtype.startswith(("int", "uint", "string", "large_string", "bool")):
+            singles.append(name)
+        elif inner or dtype.startswith(("float", "double")):
             others.append(name)
     image = _column("image", "hold images", features, config.image_column, images or possible, possible)
-    others = [name for name in others if name != image]
-    likely = classes or lists or others
-    likely = ["label"] if "label" in likely else likely
-    return image, _column(
-        "label", "could be the label", features, config.label_column, likely, classes + lists + others
-    )
+    singles = [name for name in singles if name != image]
+    possible = classes + lists + singles + others
+    likely = classes or lists or singles or others
+    if "label" in (classes or lists or possible):
+        likely = ["label"]
+    return image, _column("label", "could be the label", features, config.label_column, likely, possible)
 
 
 def _inner(feature: Any) -> Any:

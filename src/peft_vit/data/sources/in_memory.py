@@ -116,6 +116,13 @@ def _pixels(image: Any, position: int) -> HeldImage:
     return np.rint(array * (255 / largest)).astype(np.uint8)
 
 
+def _refuse_missing(labels: Iterable[Any], first: int = 0) -> None:
+    for position, label in enumerate(labels, first):
+        if label is None or (isinstance(label, float) and math.isnan(label)):
+            message = f"are missing, the first at {position}; give one for each image, or leave such images out"
+            raise UserError(message, field="labels")
+
+
 def write_table(images: Any, labels: Any = None, *, of_classes: bool = True) -> tuple[Path, NDArray[Any]]:
     """Write a table of images and labels, as `find_images` reads it, to the cache; equal ones of a class are one row.
 
@@ -136,13 +143,13 @@ def write_table(images: Any, labels: Any = None, *, of_classes: bool = True) -> 
 
     if labels is not None:
         check_consistent_length(images, labels)
+        _refuse_missing(labels if of_classes else ())  # before scikit-learn makes texts of them
         labels = column_or_1d(labels) if of_classes else list(labels)
     rows: list[tuple[str, Any]] = []
     for position, (image, held_label) in enumerate(held_images(images)):
         label = held_label if labels is None else labels[position]
-        if label is None or (isinstance(label, float) and math.isnan(label)):
-            message = f"are missing, the first at {position}; give one for each image, or leave such images out"
-            raise UserError(message, field="labels")
+        if labels is None or label is None:
+            _refuse_missing([label], position)
         place = os.path.abspath(image) if isinstance(image, Path) else _written(image, str(label))
         rows.append((place, label if of_classes else _cell(label)))
     if not rows:

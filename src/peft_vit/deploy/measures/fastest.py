@@ -172,7 +172,10 @@ def _best(rows: Mapping[Path, BenchRow], most_bytes: float, longest_s: float) ->
         which = "No form that is small enough keeps" if within else "The smallest form does not keep"
         if min(row.median_s for row in rows.values()) > longest_s:
             which = "No form keeps"
-        missed.append(f"{which} within {1e3 * longest_s:g} ms an image: it needs {1e3 * taken_s:.1f} ms.")
+        missed.append(
+            f"{which} within {1e3 * longest_s:g} ms an image: it needs {1e3 * taken_s:.1f} ms. Faster: "
+            "smaller images (--image-size), or peft-vit export --activations int8, which says what it loses."
+        )
     return best, tuple(missed)
 
 
