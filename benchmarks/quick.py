@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from peft_vit.core.adapters import attach_adapters  # noqa: E402
-from peft_vit.core.adapters.products import fastest_matmul  # noqa: E402
+from peft_vit.core.adapters.matmuls import fastest_matmul  # noqa: E402
 from peft_vit.core.backbones import Architecture, find_sites  # noqa: E402
 from peft_vit.core.training import QALoRATrainer  # noqa: E402
 from peft_vit.deploy import export_onnx, merge, open_exported  # noqa: E402

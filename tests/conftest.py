@@ -15,9 +15,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from peft_vit.core.adapters import site_adapters
-from peft_vit.core.adapters.products import MatmulTimes
+from peft_vit.core.adapters.matmuls import MatmulTimes
 from peft_vit.core.quantization.integers import Bits, exact_matmuls
-from peft_vit.runs.this_machine import products
+from peft_vit.runs.this_machine import matmuls
 
 NO_GPU = "needs an NVIDIA GPU, and torch sees none; run `make test-gpu` where there is one"
 
@@ -45,7 +45,7 @@ def _integers_are_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(device: torch.device, precision: str, bits: Bits | None = None) -> MatmulTimes:
         return MatmulTimes(next(iter(exact_matmuls(64, device.type, bits)), None), 1.0, 1.0)
 
-    monkeypatch.setattr(products, "choose_product", found)
+    monkeypatch.setattr(matmuls, "choose_product", found)
 
 
 @pytest.fixture(autouse=True)

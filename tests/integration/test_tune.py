@@ -19,7 +19,7 @@ from tuned import right_of
 from written_runs import tiny_study
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters.products import MatmulTimes
+from peft_vit.core.adapters.matmuls import MatmulTimes
 from peft_vit.core.backbones import describe
 from peft_vit.core.config import BackboneConfig, study_from_mapping
 from peft_vit.core.quantization.integers import Int8Matmul
@@ -301,7 +301,7 @@ def test_all_runs_multiply_in_the_way_that_was_the_fastest_when_it_began(tuning,
     def found(*_: Any) -> MatmulTimes:
         return MatmulTimes(Int8Matmul("qlinear", 7), 1 / rates["int8"], 1 / rates["float"])
 
-    monkeypatch.setattr("peft_vit.runs.this_machine.products.choose_product", found)
+    monkeypatch.setattr("peft_vit.runs.this_machine.matmuls.choose_product", found)
 
     def hear(study: Mapping[str, Any]) -> None:
         asked.update(experiment["training"]["compute"] for experiment in study["experiments"])
@@ -785,7 +785,7 @@ def test_a_regression_has_images_right_that_are_left_out_of_its_fit(images: Path
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.fit.tune.RATES", (1e-3,))
+    monkeypatch.setattr("peft_vit.fit.tune.LEARNING_RATES", (1e-3,))
     monkeypatch.setattr("peft_vit.fit.costs.MOST_STEPS", 24)
     monkeypatch.setattr("peft_vit.fit.costs.MOST_LAST_STEPS", 32)
     monkeypatch.setattr("peft_vit.fit.tune._in_turn", lambda _, probe, ranked: [*ranked[:1], probe])

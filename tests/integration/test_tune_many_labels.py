@@ -26,7 +26,7 @@ def tuned(images, tmp_path, monkeypatch):
     """Return what tunes on a table of 48 images of three colours, and the lines that it tells."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(images, "images")
-    monkeypatch.setattr("peft_vit.fit.tune.RATES", (1e-3,))
+    monkeypatch.setattr("peft_vit.fit.tune.LEARNING_RATES", (1e-3,))
     monkeypatch.setattr("peft_vit.fit.costs.MOST_STEPS", 24)
     monkeypatch.setattr("peft_vit.fit.costs.MOST_LAST_STEPS", 32)
     row = SimpleNamespace(bytes=300_000, median_s=0.01, low_s=0.01, high_s=0.01, processor="one")

@@ -38,7 +38,7 @@ from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.training import FLIP_AXES, Features, RuntimeConfig, fit_probe, head_inputs, held_out_fit, train
 from peft_vit.core.training.images import Data, HoldoutImages, LabelledImages
 from peft_vit.core.training.metrics import predict
-from peft_vit.runs.this_machine import products
+from peft_vit.runs.this_machine import matmuls
 
 OUTPUTS = Path("experiments/outputs/floor")
 FOLDS, RATE = 3, 1e-3
@@ -144,7 +144,7 @@ def train_once(draw: Draw, start: Start, steps: int, fold: int | None) -> None:
     settings = {"name": "lora", "method": "lora", "training": training, "lora": {"rank": DEFAULT_RANK}}
     experiment = ExperimentConfig.model_validate(settings)
     METHODS["lora"].prepare(model, experiment, PrepareContext(total_steps=steps, seed=0 if draw.one_start else seed))
-    choice = products.choose_product(CPU, "bf16")
+    choice = matmuls.choose_product(CPU, "bf16")
     if choice.matmul is not None:
         use_int8_matmul(model, choice.matmul)
     head = Backbone(model).head

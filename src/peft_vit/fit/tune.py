@@ -181,7 +181,7 @@ def within_limits(fit: Fit, recipe: Recipe) -> Recipe:
 
 # --- search -----------------------------------------------------------------------------------------------------------
 
-RATES = (DEFAULT_RATE, 3 * DEFAULT_RATE, 3e-4)  # in the order in which time goes to them
+LEARNING_RATES = (DEFAULT_RATE, 3 * DEFAULT_RATE, 3e-4)  # in the order in which time goes to them
 _GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
@@ -191,7 +191,7 @@ def candidate_recipes(sizes: Sequence[SizeResult]) -> list[Recipe]:
     Args:
         sizes: the most promising first.
     """
-    places = itertools.product(enumerate(sizes), enumerate(RATES), range(2))
+    places = itertools.product(enumerate(sizes), enumerate(LEARNING_RATES), range(2))
     by_distance = sorted(places, key=lambda place: place[0][0] + 1.5 * place[1][0] + place[2])  # stable
     default, *others = (
         lora(at.model, at.image_size, at.steps // (1 + half), rate) for (_, at), (_, rate), half in by_distance

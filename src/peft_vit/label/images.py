@@ -19,7 +19,7 @@ from peft_vit.data.inspection.copies import SIDE, compared_thumbnail, copy_pairs
 from peft_vit.data.pixels import decode_image, on_white, to_pixels
 from peft_vit.data.sources.folders import is_image
 
-TEST_SHARE = 5  # every so-manieth image is for the test
+TEST_EVERY = 5  # images, of which one is for the test
 LARGE, SMALL = 1024, 256  # pixels a side of an image alone, and of one on a wall
 _KEPT = 64  # encoded images
 _AT_ONCE = 4  # images that are decoded: an image may take a gigabyte
@@ -114,7 +114,7 @@ class ImageFolder:
         """
         first = min(map(self.digest, self.alike(i)))
         drawn = hashlib.sha256(f"peft-vit test {first}".encode()).digest()
-        return int.from_bytes(drawn[:8]) % TEST_SHARE == 0
+        return int.from_bytes(drawn[:8]) % TEST_EVERY == 0
 
     def is_sound(self, i: int, side: int) -> bool:
         """Return whether an image can be shown; one that can't is left out from here on."""

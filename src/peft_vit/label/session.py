@@ -18,7 +18,7 @@ from peft_vit.core.tasks import TASKS
 from peft_vit.data.sources.folders import UNSURE
 from peft_vit.deploy.page.formatting import percent_interval, points_interval
 from peft_vit.label.features import FolderFeatures
-from peft_vit.label.images import LARGE, SMALL, TEST_SHARE, ImageFolder
+from peft_vit.label.images import LARGE, SMALL, TEST_EVERY, ImageFolder
 from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name
 from peft_vit.label.order import FEWEST_OF_CLASS, Accuracy, expected_accuracy, herding, propose, wall
 from peft_vit.label.training import Training
@@ -317,7 +317,7 @@ class Session:
 
     def _choose(self) -> Shown:
         num_train, num_test = self.store.num_images["train"], self.store.num_images["test"]
-        is_owed = num_train + num_test + 1 >= TEST_SHARE * (num_test + 1)
+        is_owed = num_train + num_test + 1 >= TEST_EVERY * (num_test + 1)
         self._tests_first = self._tests_first and bool(self._lacking())
         found = self._next(for_test=True) if is_owed or self._tests_first else None
         found = found or self._wall() or self._next(for_test=False) or self._next(for_test=True)

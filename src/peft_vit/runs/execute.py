@@ -95,7 +95,7 @@ from peft_vit.data import load_data
 from peft_vit.runs.head_init import SharedFeatures, init_head
 from peft_vit.runs.measures.held_out import Outputs, calibration_of, reference_images
 from peft_vit.runs.measures.removal_and_latency import leave_out_updates, time_forward
-from peft_vit.runs.this_machine import products
+from peft_vit.runs.this_machine import matmuls
 from peft_vit.runs.this_machine.machine import (
     cpu_count,
     hash_arrays,
@@ -255,7 +255,7 @@ class Loaded:
             def find() -> Int8Matmul | None:
                 if processes.rank() > 0:
                     return None
-                choice = products.choose_product(self.device, self.spec.precision, training.integer_bits)
+                choice = matmuls.choose_product(self.device, self.spec.precision, training.integer_bits)
                 return choice.usable(self.device)
 
             product = processes.of_first(processes.in_each(find))  # as the first process has found it fastest

@@ -17,7 +17,7 @@ from peft_vit.core.adapters import integer_product as integer_product_module
 from peft_vit.core.adapters.adapted_model import use_int8_matmul
 from peft_vit.core.adapters.adapted_product import remember_sources
 from peft_vit.core.adapters.integer_product import int8_linear
-from peft_vit.core.adapters.products import fastest_matmul
+from peft_vit.core.adapters.matmuls import fastest_matmul
 from peft_vit.core.backbones import find_sites
 from peft_vit.core.quantization import QuantizationFormat, quantize
 from peft_vit.core.quantization.integers import Int8Matmul, Int8Weight, exact_matmuls, quantize_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import weakref
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from peft_vit import QALoRATrainer
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import adapted_modules
 from peft_vit.core.backbones import load_backbone
+from peft_vit.core.backbones import weights as tensor_file
 from peft_vit.core.backbones.weights import TensorFile
 from peft_vit.core.config import BackboneConfig
 from peft_vit.core.training import qa_lora, quantized_layers
@@ -27,18 +29,23 @@ LAYERS = 4 * 6  # of test_vit: query, key and value in one, out, fc1, fc2
 
 
 @pytest.fixture
-def mapped_now(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Return how many tensors that were read are in memory now."""
-    read: list[weakref.ref[torch.UntypedStorage]] = []
-    get = TensorFile.__getitem__
+def everything_mapped(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Map small tensors too; return how many are in memory now."""
+    made: list[weakref.ref[mmap.mmap]] = []
 
-    def noted(file: TensorFile, name: str) -> torch.Tensor:
-        tensor = get(file, name)
-        read.append(weakref.ref(tensor.untyped_storage()))
-        return tensor
+    class Noted(mmap.mmap):
+        def __new__(cls, *args: object, **kwargs: object) -> Noted:
+            made.append(weakref.ref(mapped := super().__new__(cls, *args, **kwargs)))
+            return mapped
 
-    monkeypatch.setattr(TensorFile, "__getitem__", noted)
-    return lambda: sum(storage() is not None for storage in read)
+    monkeypatch.setattr(tensor_file, "_SMALLEST_MAPPED_BYTES", 1)
+    monkeypatch.setattr(tensor_file.mmap, "mmap", Noted)
+
+    def alive() -> int:
+        assert made, "none was mapped"
+        return sum(mapped() is not None for mapped in made)
+
+    return alive
 
 
 @pytest.fixture
@@ -48,7 +55,9 @@ def weights(tmp_path: Path) -> BackboneConfig:
     return BackboneConfig(model="test_vit", weights="file", file=str(tmp_path / "w.safetensors"))
 
 
-def test_it_holds_what_the_file_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("smallest", [1, 1 << 20])
+def test_it_holds_what_the_file_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smallest: int) -> None:
+    monkeypatch.setattr(tensor_file, "_SMALLEST_MAPPED_BYTES", smallest)
     tensors = {
         "large": torch.randn(300, 1000),
         "odd": torch.randn(7).bfloat16(),  # so that others may not begin where a float32 should
@@ -66,7 +75,7 @@ def test_it_holds_what_the_file_does(tmp_path: Path) -> None:
         assert stored[name].shape == tensor.shape
         assert torch.equal(stored[name], tensor)
     content = (tmp_path / "w.safetensors").read_bytes()
-    assert set(TensorFile(tmp_path / "w.safetensors", "b")) == {name.removeprefix("b") for name in tensors}
+    assert list(TensorFile(tmp_path / "w.safetensors", "b")) == [name.removeprefix("b") for name in stored]
     stored["large"].zero_()
     assert torch.equal(stored["large"], tensors["large"])
     assert (tmp_path / "w.safetensors").read_bytes() == content
@@ -85,36 +94,38 @@ def test_a_file_that_changes_meanwhile_is_refused(weights: BackboneConfig) -> No
 
 
 def test_weights_that_are_copied_are_read_one_at_a_time(
-    weights: BackboneConfig, mapped_now: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+    weights: BackboneConfig, everything_mapped: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     isfinite, counts = torch.Tensor.isfinite, []
-    monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: counts.append(mapped_now()) or isfinite(tensor))
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: counts.append(everything_mapped()) or isfinite(tensor))
     model = load_backbone(weights, image_size=32, num_classes=3, seed=0).model
     assert counts == list(range(counts[0], counts[0] - len(counts), -1))  # one fewer each time
     gc.collect()
-    assert mapped_now() == 0
+    assert everything_mapped() == 0
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.mark.part("quantization")
 def test_each_layers_float_weights_are_gone_before_the_next_are_packed(
-    weights: BackboneConfig, mapped_now: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+    weights: BackboneConfig, everything_mapped: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = load_backbone(weights, image_size=32, num_classes=3, seed=0).model
     part = load_backbone(weights, image_size=32, num_classes=3, seed=0, mapped=("blocks.1.mlp.*",)).model
     gc.collect()
-    assert mapped_now() == 2
+    assert everything_mapped() == 2
     assert all(torch.equal(tensor, own.state_dict()[name]) for name, tensor in part.state_dict().items())
     del part
     gc.collect()
     model = load_backbone(weights, image_size=32, num_classes=3, seed=0, mapped=SETTINGS.targets).model
-    assert mapped_now() == LAYERS
+    assert everything_mapped() == LAYERS
     quantize, check = quantized_layers.quantize, qa_lora.check_gradients
     counts = []
     monkeypatch.setattr(
-        quantized_layers, "quantize", lambda *args, **named: counts.append(mapped_now()) or quantize(*args, **named)
+        quantized_layers,
+        "quantize",
+        lambda *args, **named: counts.append(everything_mapped()) or quantize(*args, **named),
     )
-    monkeypatch.setattr(qa_lora, "check_gradients", lambda model: counts.append(mapped_now()) or check(model))
+    monkeypatch.setattr(qa_lora, "check_gradients", lambda model: counts.append(everything_mapped()) or check(model))
     ours = QALoRATrainer(model, SETTINGS, 8)
     assert counts == list(range(LAYERS, -1, -1))
     theirs = QALoRATrainer(own, SETTINGS, 8)  # of weights that were copied

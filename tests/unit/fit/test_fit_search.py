@@ -25,7 +25,7 @@ from peft_vit.fit.fit import Decisions
 from peft_vit.fit.outcomes import FoldResults, Outcome, meaning_on
 from peft_vit.fit.recipe import Recipe, lora
 from peft_vit.fit.sizes import SizeResult, try_sizes
-from peft_vit.fit.tune import RATES, candidate_recipes, fitted
+from peft_vit.fit.tune import LEARNING_RATES, candidate_recipes, fitted
 from peft_vit.runs.costs.time_limit import Limit
 
 LARGE, SMALL = (SizeResult(MODEL, size, 0.8, steps) for size, steps in ((64, 96), (48, 160)))
@@ -35,8 +35,8 @@ def test_the_default_is_tried_first_then_what_differs_from_it_in_one_thing() -> 
     first, second, third, fourth, *rest = candidate_recipes([LARGE, SMALL])
     assert first == lora(MODEL, 64, 96)
     assert [second, third] == [lora(MODEL, 64, 48), lora(MODEL, 48, 160)]
-    assert fourth == lora(MODEL, 64, 96, RATES[1])
-    assert len({first, second, third, fourth, *rest}) == 2 * len(RATES) * 2
+    assert fourth == lora(MODEL, 64, 96, LEARNING_RATES[1])
+    assert len({first, second, third, fourth, *rest}) == 2 * len(LEARNING_RATES) * 2
     assert [recipe.steps for recipe in candidate_recipes([replace(LARGE, steps=40)])] == [
         40
     ] * 3  # half of it is too little

@@ -15,7 +15,7 @@ from scipy.stats import norm
 from simulated_tunings import MODEL, StandIns, fit_of, images_of
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters.products import MatmulTimes
+from peft_vit.core.adapters.matmuls import MatmulTimes
 from peft_vit.core.backbones import describe
 from peft_vit.core.config import (
     BITS_OF_TYPE,
@@ -576,7 +576,7 @@ def test_integers_are_multiplied_where_that_is_faster_and_what_it_gains_is_said(
     monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", measure)
     choice = MatmulTimes(Int8Matmul("qlinear", 7), 1.0, faster)
     monkeypatch.setattr(
-        "peft_vit.runs.this_machine.products.choose_product", lambda device, precision, bits=None: choice
+        "peft_vit.runs.this_machine.matmuls.choose_product", lambda device, precision, bits=None: choice
     )
     fit = begun(method, compute=requested)
     assert experiment_of(fit).training.compute == chosen

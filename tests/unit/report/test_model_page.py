@@ -103,6 +103,7 @@ def test_the_whole_page(tmp_path: Path) -> None:
     content = {"sha256": 64 * "0", "left_out": {}, "digests": {}, "labels": [], "trained": [], "sealed": []}
     content["copies"] = [["b.jpg", "d.jpg"], ["z.jpg", "c.jpg"]]
     content["digests"] = dict.fromkeys(("a.jpg", "b.jpg", "c.jpg", "d.jpg", "z.jpg"), 16 * "0")
+    content["labels"] = ["cat"] * 5
     (tmp_path / "images.json").write_text(json.dumps(content))
     data = record.spec.data.model_copy(update={"images_file": str(tmp_path / "images.json")})
     record = record.model_copy(update={"spec": record.spec.model_copy(update={"data": data})})

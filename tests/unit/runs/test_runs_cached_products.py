@@ -7,19 +7,19 @@ import torch
 from done_runs import do_one, with_settings
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters.products import MatmulTimes
+from peft_vit.core.adapters.matmuls import MatmulTimes
 from peft_vit.core.config import StudyConfig, load_study
 from peft_vit.core.quantization.integers import Int8Matmul
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.records.storage import write_study_file
 from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.scheduler import study_file
-from peft_vit.runs.this_machine import products
+from peft_vit.runs.this_machine import matmuls
 
 pytestmark = pytest.mark.part("runner")
 
 CPU = torch.device("cpu")
-MEASURED = products.choose_product  # before a fixture of all tests replaces it
+MEASURED = matmuls.choose_product  # before a fixture of all tests replaces it
 EIGHT, SEVEN = Int8Matmul("int_mm", 8), Int8Matmul("qlinear", 7)
 FAST, SLOWER, SLOW = (MatmulTimes(EIGHT, seconds, 0.01) for seconds in (0.004, 0.02, 3.0))
 
@@ -30,7 +30,7 @@ def found(monkeypatch: pytest.MonkeyPatch):
 
     def say(choice: MatmulTimes, seven: MatmulTimes | None = None) -> None:
         monkeypatch.setattr(
-            products, "choose_product", lambda device, precision, bits=None: (seven or choice) if bits == 7 else choice
+            matmuls, "choose_product", lambda device, precision, bits=None: (seven or choice) if bits == 7 else choice
         )
 
     return say
@@ -46,7 +46,7 @@ def test_a_choice_is_kept_by_precision_and_bits_and_measured_again_if_its_file_i
         asked.append((dtype, bits))
         return FAST
 
-    monkeypatch.setattr(products, "time_matmuls", measured)
+    monkeypatch.setattr(matmuls, "time_matmuls", measured)
 
     def choose(*given: object) -> MatmulTimes:
         MEASURED.cache_clear()  # as another process would
@@ -62,7 +62,7 @@ def test_a_choice_is_kept_by_precision_and_bits_and_measured_again_if_its_file_i
     assert choose("fp32") == FAST
     assert len(asked) == 4
     assert "measured again" in caplog.text
-    monkeypatch.setattr(products, "instruction_limits", lambda: ["AVX2", "AVX2"])
+    monkeypatch.setattr(matmuls, "instruction_limits", lambda: ["AVX2", "AVX2"])
     choose("fp32")
     assert len(asked) == 5
     MEASURED.cache_clear()

@@ -9,11 +9,11 @@ from written_runs import planned
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import use_int8_matmul
-from peft_vit.core.adapters.products import MatmulTimes
+from peft_vit.core.adapters.matmuls import MatmulTimes
 from peft_vit.core.config import MeasuresConfig
 from peft_vit.deploy import merge
 from peft_vit.deploy.page.provenance import caveats
-from peft_vit.runs.this_machine import products
+from peft_vit.runs.this_machine import matmuls
 
 pytestmark = pytest.mark.part("runner")
 
@@ -57,7 +57,7 @@ def test_an_older_record_is_told_to_be_of_the_int8_forward_pass(study, tmp_path)
 
 def test_a_device_without_integer_products_is_refused_by_the_plan(study, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(
-        products, "choose_product", lambda device, precision, bits=None: MatmulTimes(None, math.inf, 1.0)
+        matmuls, "choose_product", lambda device, precision, bits=None: MatmulTimes(None, math.inf, 1.0)
     )
     config = with_settings(study("lora"), "training", compute="int8")
     with pytest.raises(UserError, match="cpu multiplies no such 8-bit integers exactly; use float") as caught:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_vit.core.adapters import adapted_modules, current_ranks
+from peft_vit.core.backbones import weights as tensor_file
 from peft_vit.core.config import BackboneConfig
 from peft_vit.core.training import Calibration
 from peft_vit.runs import execute
@@ -78,11 +79,12 @@ def test_smoke_measures_and_rounds_on_few_images(study) -> None:
     ("method", "schedule"),
     [("qa_lora", "constant"), ("qa_lora", "linear"), ("qa_adalora", "constant"), ("qa_linear", "constant")],
 )
-def test_mapped_weights_are_trained_on_as_copies_are(study, tmp_path, method, schedule) -> None:
+def test_mapped_weights_are_trained_on_as_copies_are(study, tmp_path, monkeypatch, method, schedule) -> None:
     torch.manual_seed(3)
     tensors = timm.create_model("test_vit", img_size=32).state_dict()
     torch.save(tensors, tmp_path / "copied.pth")
     save_file(tensors, tmp_path / "mapped.safetensors")
+    monkeypatch.setattr(tensor_file, "_SMALLEST_MAPPED_BYTES", 1)
     config = with_settings(study(method), "qa_lora", quantization_schedule=schedule)
     results = []
     for name in ("copied.pth", "mapped.safetensors"):

@@ -23,6 +23,7 @@ from peft_vit.core.adapters.adapted_product import (
 )
 from peft_vit.core.adapters.integer_product import int8_linear
 from peft_vit.core.adapters.low_rank import RowUpdate, SiteAdapter
+from peft_vit.core.adapters.matmuls import fastest_matmul
 from peft_vit.core.adapters.peft_layers import (
     ADAPTER,
     PeftSite,
@@ -35,7 +36,6 @@ from peft_vit.core.adapters.peft_layers import (
     sites_of_layers,
     tuner_layers,
 )
-from peft_vit.core.adapters.products import fastest_matmul
 from peft_vit.core.backbones import Backbone, Site
 from peft_vit.core.backbones.catalog import create_skeleton
 from peft_vit.core.backbones.families.family import Architecture

@@ -48,13 +48,14 @@ def int8_linear(
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     source = source_of_input(x) if updates and x.numel() >= LEAST_VALUES else None
-    values = None if source is None else source.values.detach()
+    # Of the source the function alone is held until the backward pass: its values hang on a graph.
+    values, made_by = (None, None) if source is None else (source.values.detach(), source.function)
 
     def recomputed(part: Tensor) -> Tensor:
         with torch.autocast(device, dtype, enabled=autocast):
-            return source.function(part)  # type: ignore[union-attr]
+            return made_by(part)  # type: ignore[misc]
 
-    function = None if source is None else recomputed
+    function = None if made_by is None else recomputed
     with torch.autocast(device, enabled=False):
         factors = []
         for _, adapter in updates:

@@ -124,6 +124,9 @@ class ImportanceTracker:
             return {
                 name: torch.rand(site.rank, generator=self.generator).to(site.lora_A.device) for name, site in sites
             }
+        by_gradient = {"gradient_norm": self._size, "fisher": self._size, "sensitivity": self._sensitivity}
+        if self.metric not in ("magnitude", *by_gradient):
+            raise UserError(f"no formula for {self.metric!r}", field="importance_metric")
         parts = _parts(adapters)
         if self.metric == "magnitude":
             weights = [part.weight for part in parts]
@@ -138,8 +141,7 @@ class ImportanceTracker:
             if loss_scale != 1:
                 overflowed = not all(bool(norm.isfinite()) for norm in torch._foreach_norm(gradients))
                 gradients = list(torch._foreach_div(gradients, loss_scale))
-            score = self._sensitivity if self.metric == "sensitivity" else self._size
-            scores = score(parts, None if overflowed else gradients)
+            scores = by_gradient[self.metric](parts, None if overflowed else gradients)
         else:
             scores = {}
         return {name: scores[name] if site.rank else site.lora_A.new_zeros(0) for name, site in sites}

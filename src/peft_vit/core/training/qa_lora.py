@@ -317,7 +317,10 @@ class QALoRATrainer(Hook):
 
         Plain values, and with `rounding: gptq` the packed weights' tensors, wherever they were made.
         """
-        state = {"made_with": self._made_with(), **{name: copy.deepcopy(getattr(self, name)) for name in _STATE}}
+        state = {
+            "made_with": self._made_with(),
+            **{name.removeprefix("_"): copy.deepcopy(getattr(self, name)) for name in _STATE},
+        }
         return state | ({"codes": dict(self._codes)} if self.config.keeps_codes else {})
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
@@ -339,7 +342,7 @@ class QALoRATrainer(Hook):
                 message = "the state was made with another one; build the trainer as it was built then"
                 raise UserError(message, field=key)
         for name in _STATE:
-            setattr(self, name, copy.deepcopy(state[name]))
+            setattr(self, name, copy.deepcopy(state[name.removeprefix("_")]))
         for module, _ in layers.values():
             module.quantized_share = self.share
             if self.share == 1.0:

@@ -261,7 +261,7 @@ def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate]) -
 # --- loss over training -----------------------------------------------------------------------------------------------
 
 
-_ROW_IN = 1.65
+_PANEL_ROW_IN = 1.65
 _ENTRY_IN = 0.17  # of a legend
 LINES = 24
 _MEASURES = ("training loss", "validation NLL")
@@ -338,7 +338,7 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
         for measure, curve in zip(_MEASURES, pair, strict=True)
         for step, *values in curve.T.tolist()
     ]
-    height, legend = 0.6 + _ROW_IN * len(rows), _ENTRY_IN * len(drawn)
+    height, legend = 0.6 + _PANEL_ROW_IN * len(rows), _ENTRY_IN * len(drawn)
     return draw("loss_curves", "Loss curves", caption, max(height, 0.3 + legend), paint, data, height + legend)
 
 

@@ -22,7 +22,7 @@ from peft_vit.core.training import FLIP_AXES
 from peft_vit.core.training.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
 from peft_vit.runs.costs.time_limit import PROCESS_S
 from peft_vit.runs.costs.timing_run import MeasuredCosts, cached_costs
-from peft_vit.runs.this_machine import products
+from peft_vit.runs.this_machine import matmuls
 from peft_vit.runs.this_machine.machine import cpu_count, processor_name, torch_threads
 
 # Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.
@@ -115,7 +115,7 @@ def product_throughput(
     throughput = x.shape[0] * x.shape[1] * weight.shape[0] / statistics.median(times)
     if compute == "float":
         return throughput
-    choice = products.choose_product(device, precision, bits)
+    choice = matmuls.choose_product(device, precision, bits)
     return throughput * choice.float_s / choice.seconds
 
 
@@ -131,8 +131,8 @@ def product_throughputs(
     """
     ways: list[Compute] = ["float"] if requested == "auto" else [requested]
     if requested == "int8":
-        products.choose_product(device, precision).usable(device, "--compute")
-    elif requested == "auto" and products.choose_product(device, precision).is_faster:
+        matmuls.choose_product(device, precision).usable(device, "--compute")
+    elif requested == "auto" and matmuls.choose_product(device, precision).is_faster:
         ways = ["int8", "float"]
     return {way: product_throughput(shape, device, precision, threads, way) for way in ways}
 
@@ -294,7 +294,7 @@ def measured_images(spec: RunSpec, workload: Workload) -> float:
     """Return the images that pass through the whole model for what the study's `measures` ask for.
 
     Leaving the update of a site out takes what comes from its block on; there is a pass with all updates, and one
-    without those of each group. See `evaluation.measure_ablation`.
+    without those of each group. See `core.training.metrics.measure_ablation`.
     """
     measures = spec.measures
     images: float = (WARMUP_PASSES + TIMED_PASSES) * sum(measures.latency_batches)

@@ -12,7 +12,7 @@ PROCESS_S = 10.0  # until a worker process is ready
 _STOPPING_S = 10.0  # for checkpoints in the end; at most a twentieth of the time that there is
 _LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps from validation to validation, and their time over its time
 FOLDS, FEWEST_FOLDS, ENOUGH_STEPS = 5, 3, 96  # where five folds leave a training fewer steps, there are only three
-TEST_SHARE = 1 / 6  # of the minutes, at most, that reading test images takes on top of them
+_TEST_TIME_SHARE = 1 / 6  # of the minutes, at most, that reading test images takes on top of them
 _Option = TypeVar("_Option")
 
 
@@ -132,7 +132,7 @@ class RunTimer:
 
 def images_to_test(images: int, image_s: float, minutes: float) -> int:
     """Return how many of so many test images are read in their share of the minutes, at least two."""
-    return min(images, max(2, int(TEST_SHARE * 60 * minutes / max(image_s, 1e-9))))
+    return min(images, max(2, int(_TEST_TIME_SHARE * 60 * minutes / max(image_s, 1e-9))))
 
 
 def first_that_fits(options: Iterable[_Option], seconds: Callable[[_Option], float], limit_s: float) -> _Option | None:

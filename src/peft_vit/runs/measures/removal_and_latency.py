@@ -52,7 +52,7 @@ def removal_images(
 def time_forward(backbone: LoadedBackbone, data: Data, spec: RunSpec, runtime: RuntimeConfig) -> dict[int, float]:
     """Return the seconds of a forward pass of the model as it would be deployed in PyTorch, by size of the batch.
 
-    See `evaluation.forward_s`.
+    See `core.training.metrics.forward_s`.
     """
     deployed = _deployed(backbone, data, spec, runtime)
     seconds = {}

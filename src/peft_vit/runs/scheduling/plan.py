@@ -34,7 +34,7 @@ from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, read_study_file, run_folder
 from peft_vit.runs.records.study_yaml import SHARED
 from peft_vit.runs.scheduling.scheduler import difference, go_on, study_file
-from peft_vit.runs.this_machine import products
+from peft_vit.runs.this_machine import matmuls
 from peft_vit.runs.this_machine.machine import choose_precision, resolve_device
 
 _SMOKE_EPOCHS, _SMOKE_STEPS = 2, 4  # of an epoch
@@ -162,7 +162,7 @@ def _as_begun(study: StudyConfig, existing: StudyFile | None, *, smoke: bool) ->
         elif earlier is not None and compute in ("auto", earlier.training.compute):
             compute, bits = earlier.training.compute, bits or earlier.training.integer_bits
         elif compute != "float":
-            choice = products.choose_product(resolve_device(study.device), cast(Precision, study.precision), bits)
+            choice = matmuls.choose_product(resolve_device(study.device), cast(Precision, study.precision), bits)
             if compute == "auto":
                 compute = "int8" if choice.is_faster else "float"
                 note = f"compute: auto is {compute}: {choice.times}" if choice.matmul else None
@@ -181,7 +181,7 @@ def _slow_products(pending: Sequence[RunSpec], device: torch.device, existing: S
     lines = []
     kinds = {(spec.precision, spec.experiment.training.integer_bits) for spec in pending if spec.multiplies_integers}
     for precision, bits in kinds:
-        choice = products.choose_product(device, precision, bits)
+        choice = matmuls.choose_product(device, precision, bits)
         remedy = "use float"
         if existing is not None:
             remedy = "continue where the study was begun, or use float and another --output"

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from peft_vit.core.adapters.products import MatmulTimes, time_matmuls
+from peft_vit.core.adapters.matmuls import MatmulTimes, time_matmuls
 from peft_vit.core.config import Precision
 from peft_vit.core.quantization.integers import Bits
 from peft_vit.runs.this_machine.cache import cache_file, read_cached, write_cached

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters import products
-from peft_vit.core.adapters.products import SLOW, MatmulTimes, time_matmuls
+from peft_vit.core.adapters import matmuls
+from peft_vit.core.adapters.matmuls import SLOW, MatmulTimes, time_matmuls
 from peft_vit.core.quantization.integers import Int8Matmul
 
 CPU = torch.device("cpu")
@@ -21,19 +21,19 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
     def make(**seconds: float) -> list[int]:
         rows: list[int] = []
-        monkeypatch.setattr(products, "exact_matmuls", lambda inputs, device, bits=None: [LOOP, PACKED])
-        monkeypatch.setattr(products, "_in_float", lambda weight, dtype: (None, len(weight)))
-        monkeypatch.setattr(products, "_in_int8", lambda weight, product: (product.name, len(weight)))
+        monkeypatch.setattr(matmuls, "exact_matmuls", lambda inputs, device, bits=None: [LOOP, PACKED])
+        monkeypatch.setattr(matmuls, "_in_float", lambda weight, dtype: (None, len(weight)))
+        monkeypatch.setattr(matmuls, "_in_int8", lambda weight, product: (product.name, len(weight)))
 
         def took(x: torch.Tensor, linear: tuple[str | None, int]) -> float:
             name, outputs = linear
             if name is not None:
                 rows.append(len(x))
-            share = len(x) * outputs / (products._ROWS * products._OUTPUTS)
+            share = len(x) * outputs / (matmuls._ROWS * matmuls._OUTPUTS)
             return share * (0.01 if name is None else seconds[name])
 
-        monkeypatch.setattr(products, "_seconds", took)
-        monkeypatch.setattr(products, "_SECONDS", 0.0)
+        monkeypatch.setattr(matmuls, "_seconds", took)
+        monkeypatch.setattr(matmuls, "_SECONDS", 0.0)
         return rows
 
     return make
@@ -60,7 +60,7 @@ def test_the_fastest_is_chosen_and_integers_where_they_are_worth_it(timed, int_m
 def test_a_nested_loop_is_left_after_a_few_values_and_its_time_is_reckoned(timed) -> None:
     rows = timed(int_mm=3.0, qlinear=2.0)
     choice = time_matmuls(CPU)
-    assert set(rows) == {products._FEW_ROWS}
+    assert set(rows) == {matmuls._FEW_ROWS}
     assert choice.seconds == pytest.approx(2.0)
     with pytest.raises(UserError, match=r"too slow here: .*2,000 ms in 8-bit integers \(oneDNN\), 10 in float"):
         choice.usable(CPU)
@@ -68,12 +68,12 @@ def test_a_nested_loop_is_left_after_a_few_values_and_its_time_is_reckoned(timed
 
 def test_a_moment_in_which_the_machine_stood_still_is_no_reason_to_leave_a_product(timed, monkeypatch) -> None:
     timed(int_mm=0.002, qlinear=0.004)
-    took, still = products._seconds, iter([0.0045] * 3)
+    took, still = matmuls._seconds, iter([0.0045] * 3)
 
     def of_a_busy_machine(x: torch.Tensor, linear: tuple[str | None, int]) -> float:
         return took(x, linear) if linear[0] is None else next(still, took(x, linear))
 
-    monkeypatch.setattr(products, "_seconds", of_a_busy_machine)
+    monkeypatch.setattr(matmuls, "_seconds", of_a_busy_machine)
     choice = time_matmuls(CPU)
     assert choice.usable(CPU) == LOOP
     assert choice.seconds == pytest.approx(0.002)
