@@ -105,7 +105,7 @@ def to_folders(store: LabelStore, images: ImageFolder, output: Path) -> int:
     of_test, of_train = (
         {row.labels[0] for row in rows.values() if (row.split == "test") is test} for test in (True, False)
     )
-    if len(of_test | of_train) < 2:
+    if len(of_test | of_train) == 1 and any("/" in name for name in rows):  # folders below it would be the classes
         raise UserError("needs two classes; label more images", field="--to-folders")
     if of_test and (one_sided := sorted(of_test ^ of_train)):
         side = "test" if one_sided[0] in of_test else "train"
