@@ -59,7 +59,7 @@ def test_adaptive_ranks_against_the_line_through_fixed_ranks() -> None:
     )
 
 
-def test_bits_against_their_float_twin() -> None:
+def test_bits_against_their_float_twin_and_what_they_save() -> None:
     lost = [9, 8, 10, 9, 9, 9]  # of 600 images: 1.5 points
     records = [
         *runs(LORA, [480] * 6),
@@ -72,6 +72,10 @@ def test_bits_against_their_float_twin() -> None:
     assert four.verdict == findings["eight-bits-lose-nothing", f"{INT8.name} against lora_r8"].verdict == "supported"
     fewer = findings["fewer-bits-more-accurate", f"{NF4.name} against lora_r8"]
     assert (fewer.verdict, fewer.family) == ("not decided", 2)
+    size = findings["four-bits-model-eighth", NF4.name]
+    left, weights = planted.LEFT_IN_FLOAT + 3080, planted.BACKBONE_PARAMETERS + 770
+    assert size.by_seed == pytest.approx(dict.fromkeys(range(6), 32 * weights / (8 * (21_233_664 * 5 / 8 + left))))
+    assert (size.verdict, size.outcome[:25]) == ("refuted", "0 of 6 lie above 7.84; co")
 
 
 def test_scaled_gradients_are_named_beside_what_bits_cost() -> None:

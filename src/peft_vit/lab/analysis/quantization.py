@@ -77,9 +77,14 @@ class QuantizationImpact:
 
     @property
     def claimed(self) -> float | None:
-        """Return float32 over the bits of a code, as if that were all; None where bits differ by layer."""
-        bits = self.settings.quantization_bits
-        return None if bits is None else FLOAT32_BITS / bits
+        """Return float32 over the bits of a code, as if that were all; None if neither settings nor records tell."""
+        if self.settings.quantization_bits is not None:
+            return FLOAT32_BITS / self.settings.quantization_bits
+        sizes = [summary.size for summary in _summaries(self.runs) if summary.size is not None]
+        layers = [layer for size in sizes for layer in size.layers.values()]
+        if not layers:
+            return None
+        return FLOAT32_BITS * sum(layer.weights for layer in layers) / (8 * sum(layer.codes_bytes for layer in layers))
 
     def balance(self) -> dict[str, list[dict[str, Any]]]:
         """Return by measure of the balance check its value at every step: mean over the seeds that measured it then."""
